@@ -1,0 +1,381 @@
+"""The saved model as a folder: open it strictly, look into it, verify it, undo it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from sparsehooks.artifact.atomic import atomic_folder
+from sparsehooks.artifact.container import decode, is_blob, read_header
+from sparsehooks.artifact.inspection import Inspection, TensorRow
+from sparsehooks.artifact.shards import (
+    CHECKSUMS,
+    MAX_HEADER,
+    Entry,
+    Shard,
+    checksum,
+    checksums,
+    parse_json,
+    write_shard,
+)
+from sparsehooks.components import Codec
+from sparsehooks.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from sparsehooks.catalog import Catalog
+
+__all__ = [
+    "Folder",
+    "Inspection",
+    "TensorRow",
+    "checksums",
+    "decompress",
+    "inspect",
+    "installed_codecs",
+    "load_codecs",
+    "new_folder",
+    "verify",
+]
+
+METHOD = "sparsehooks"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+_MAX_EXPANSION = 256
+"""A larger factor between a tensor and its blob is refused beyond the 2 GiB that ``decode`` allows anyway."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An opened artifact: the checked headers of its files; tensors are read one at a time.
+
+    Attributes:
+        path: the folder.
+        config: config.json, or empty if there is none (a plain ``nn.Module``).
+        index: the index of the shards, or empty if there is one file only.
+        shards: the weight files.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    index: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Folder:
+        """Open a folder that sparsehooks saved.
+
+        Raises:
+            ArtifactError: if it is missing, damaged, hostile, or not such a folder.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise ArtifactError(f"there is no folder '{path}'")
+        config = _read_json(root, CONFIG) if (root / CONFIG).exists() else {}
+        index = _read_json(root, INDEX) if (root / INDEX).exists() else {}
+        if index and (root / WEIGHTS).exists():
+            raise ArtifactError(f"'{path}' holds both {WEIGHTS} and {INDEX}; remove the one that is not the model")
+        if not index and not (root / WEIGHTS).exists():
+            raise ArtifactError(f"'{path}' holds no model: there is neither {WEIGHTS} nor {INDEX}")
+        shards = _indexed_shards(root, index) if index else (Shard.open(_own(root, WEIGHTS)),)
+        folder = cls(root, config, index, shards)
+        if not folder._is_marked():
+            raise ArtifactError(f"'{path}' was not saved by sparsehooks; compress it first")
+        return folder
+
+    def entries(self) -> Iterator[tuple[Shard, Entry]]:
+        """Every tensor and the file that holds it; ``shard.read(entry)`` gives it as stored, a blob or plain."""
+        return ((shard, entry) for shard in self.shards for entry in shard.entries)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all tensors as stored."""
+        return sum(entry.length for _, entry in self.entries())
+
+    def _is_marked(self) -> bool:
+        marks = self.config.get("quantization_config")
+        return (
+            (isinstance(marks, dict) and marks.get("quant_method") == METHOD)
+            or any(CHECKSUMS in shard.metadata for shard in self.shards)
+            or any(_may_be_blob(entry) and is_blob(shard.read(entry)) for shard, entry in self.entries())
+        )
+
+
+def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> AbstractContextManager[Path]:
+    """Write a model folder that appears complete or not at all.
+
+    ``with new_folder(out) as temporary`` gives a temporary folder beside ``out``. When the block ends, every file in
+    it gets ordinary permissions and is forced to the disk, and the folder takes its name. When anything raises, the
+    temporary folder is removed and ``out`` stays as it was.
+
+    Args:
+        out: the folder to make; missing parents are made too.
+        replace: whether an artifact that is there already may be replaced. A folder with any other content, or an
+            artifact with folders inside (checkpoints), is always refused.
+
+    Raises:
+        ArtifactError: on entering or leaving the block, if ``out`` is refused or cannot be written.
+    """
+    return atomic_folder(
+        out, lambda found: replace and _is_artifact(found) and not any(map(Path.is_dir, found.iterdir()))
+    )
+
+
+def load_codecs(catalog: Catalog) -> dict[str, Codec]:
+    """Every codec of a catalog, by name."""
+    names = [record.component.name for record in catalog.records("codec")]
+    return {name: cast(Codec, catalog.create("codec", name)) for name in names}
+
+
+def installed_codecs() -> dict[str, Codec]:
+    """Every codec of the installed, enabled plugins, by name."""
+    from sparsehooks.plugins import installed_catalog
+
+    return load_codecs(installed_catalog())
+
+
+def inspect(
+    folder: str | os.PathLike[str],
+    *,
+    codecs: Mapping[str, Codec] | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """What an artifact holds, tensor by tensor; decodes one at a time.
+
+    Args:
+        folder: the artifact.
+        codecs: the codecs by name; default: those of the installed plugins.
+        progress: called after each tensor.
+
+    Raises:
+        ArtifactError: if it is missing, damaged, hostile or not an artifact.
+    """
+    return _scan(Folder.open(folder), codecs, progress, verified=False)
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    codecs: Mapping[str, Codec] | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """What an artifact holds, after every checksum was compared and every tensor decoded.
+
+    Args:
+        folder: the artifact.
+        codecs: the codecs by name; default: those of the installed plugins.
+        progress: called after each tensor.
+
+    Raises:
+        ArtifactError: as ``inspect``, and if a tensor is not the one that was saved or has no checksum.
+    """
+    return _scan(Folder.open(folder), codecs, progress, verified=True)
+
+
+def decompress(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    codecs: Mapping[str, Codec] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the ordinary dense model that an artifact stands for, bit for bit; one tensor in memory at a time.
+
+    Args:
+        folder: the artifact.
+        out: the folder to make; it must not exist, or be empty.
+        codecs: the codecs by name; default: those of the installed plugins.
+        progress: called after each tensor.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ArtifactError: as ``inspect``, and if ``out`` cannot be written; then nothing is left of it.
+    """
+    source = Folder.open(folder)
+    codecs = installed_codecs() if codecs is None else codecs
+    written = {shard.path.name for shard in source.shards} | {CONFIG, INDEX}
+    others = [path for path in _files(source.path) if str(path.relative_to(source.path)) not in written]
+    report = _Reporter(source.bytes, progress)
+    with new_folder(out, replace=False) as temporary:
+        dense_bytes = sum(_write_dense(shard, temporary, codecs, report) for shard in source.shards)
+        for path in others:
+            target = temporary / path.relative_to(source.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        if source.index:
+            metadata = dict(source.index.get("metadata") or {}, total_size=dense_bytes)
+            _write_json(temporary / INDEX, dict(source.index, metadata=metadata))
+        if source.config:
+            config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+            _write_json(temporary / CONFIG, config)
+    return Path(out)
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def _indexed_shards(root: Path, index: Mapping[str, Any]) -> tuple[Shard, ...]:
+    """The files that an index names, which hold exactly the tensors that it lists for them."""
+    where = f"'{root / INDEX}'"
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{where} has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ArtifactError(f"{where} names {str(file)[:80]!r}, which is not a .safetensors file of this folder")
+    shards = tuple(Shard.open(_own(root, file)) for file in sorted(set(weight_map.values())))
+    found = [(entry.name, shard.path.name) for shard in shards for entry in shard.entries]
+    wrong = set(found) ^ set(weight_map.items())
+    if wrong:
+        name, file = min(wrong)
+        raise ArtifactError(f"{where} and '{file}' disagree on tensor '{name}'; get all files of the model again")
+    return shards
+
+
+def _own(root: Path, name: str) -> Path:
+    """A file of the folder; a link may lead out of it only within a Hugging Face cache."""
+    path = root / name
+    target, home = path.resolve(), root.resolve()
+    caches = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if not path.is_file():
+        raise ArtifactError(f"'{path}' is missing or not a file")
+    if not target.is_relative_to(home) and target.parent not in caches:
+        raise ArtifactError(f"'{path}' leads out of its folder to '{target}'; copy the file into the folder")
+    return path
+
+
+def _files(root: Path) -> list[Path]:
+    """Every file of the folder and of the folders in it."""
+    return [_own(root, str(path.relative_to(root))) for path in sorted(root.rglob("*")) if not path.is_dir()]
+
+
+def _read_json(root: Path, name: str) -> dict[str, Any]:
+    path = _own(root, name)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_HEADER + 1)
+    except OSError as error:
+        raise ArtifactError(f"cannot read '{path}': {error.strerror}") from error
+    fields = parse_json(text, path) if len(text) <= MAX_HEADER else None
+    if not isinstance(fields, dict) or not fields:
+        raise ArtifactError(f"'{path}' is damaged: it is not a JSON object of reasonable size")
+    return fields
+
+
+def _may_be_blob(entry: Entry) -> bool:
+    return entry.dtype == "U8" and len(entry.shape) == 1
+
+
+def _decoded(stored: Tensor, name: str, codecs: Mapping[str, Codec]) -> Tensor:
+    return decode(stored, codecs, name=name, max_bytes=max(2**31, _MAX_EXPANSION * stored.numel()))
+
+
+def _scan(
+    folder: Folder, codecs: Mapping[str, Codec] | None, progress: Progress | None, *, verified: bool
+) -> Inspection:
+    codecs = installed_codecs() if codecs is None else codecs
+    report = _Reporter(folder.bytes, progress)
+    names = {entry.name for _, entry in folder.entries()}
+    rows = []
+    for shard in folder.shards:
+        expected = shard.checksums() if verified else {}
+        absent = expected.keys() - names
+        if absent:
+            raise ArtifactError(f"'{shard.path}' has a checksum of tensor '{min(absent)}', which no file holds")
+        for entry in shard.entries:
+            stored = shard.read(entry)
+            if verified and expected.get(entry.name) != checksum(stored):
+                raise ArtifactError(
+                    f"'{shard.path}' is damaged: tensor '{entry.name}' does not match its checksum; get the file again"
+                )
+            rows.append(_row(shard, entry, stored, codecs))
+            report(entry.length)
+    return Inspection(tuple(rows))
+
+
+def _row(shard: Shard, entry: Entry, stored: Tensor, codecs: Mapping[str, Codec]) -> TensorRow:
+    dtype, positions, values, dense = entry.dtype, None, None, stored
+    if is_blob(stored):
+        dense = _decoded(stored, entry.name, codecs)
+        header = read_header(stored)
+        dtype, positions, values = header.dtype, header.positions, header.values
+    return TensorRow(
+        name=entry.name,
+        file=shard.path.name,
+        shape=tuple(dense.shape),
+        dtype=dtype,
+        zeros=int((dense == 0).sum()),
+        positions=positions,
+        values=values,
+        bytes=entry.length,
+        dense_bytes=dense.nbytes,
+    )
+
+
+class _Reporter:
+    """Adds up the bytes that are done and tells them."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, length: int) -> None:
+        self._done += length
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def _write_dense(shard: Shard, target: Path, codecs: Mapping[str, Codec], report: _Reporter) -> int:
+    """Write one file with every tensor decoded; returns the bytes of its tensors."""
+    entries = {entry.name: entry for entry in shard.entries}
+    contents = {entry.name: _dense_form(shard, entry) for entry in shard.entries}
+    written = 0
+
+    def load(name: str) -> Tensor:
+        nonlocal written
+        stored = shard.read(entries[name])
+        dense = _decoded(stored, name, codecs) if is_blob(stored) else stored
+        report(entries[name].length)
+        written += dense.nbytes
+        return dense
+
+    metadata = {key: value for key, value in shard.metadata.items() if not key.startswith("sparsehooks.")}
+    write_shard(target / shard.path.name, contents, load, metadata)
+    return written
+
+
+def _dense_form(shard: Shard, entry: Entry) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a tensor once decoded."""
+    stored = shard.read(entry) if _may_be_blob(entry) else None
+    if stored is None or not is_blob(stored):
+        return entry.dtype, entry.shape
+    header = read_header(stored)
+    return header.dtype, header.shape
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_artifact(path: Path) -> bool:
+    try:
+        Folder.open(path)
+    except ArtifactError:
+        return False
+    return True

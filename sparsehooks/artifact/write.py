@@ -1,0 +1,61 @@
+"""Writing artifacts: the encoded state dict, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsehooks.artifact.container import encode
+from sparsehooks.artifact.folder import checksums, installed_codecs, new_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def encode_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor in its smallest form, under its own name, and the metadata of the file.
+
+    Returns:
+        tensors (a blob where that is smaller, else the tensor itself), and strings for ``__metadata__``.
+    """
+    codecs = installed_codecs()
+    encoded = {}
+    for name, tensor in state.items():
+        blob = encode(tensor, codecs)
+        encoded[name] = tensor.contiguous() if blob is None else blob
+    return encoded, {"sparsehooks.format": "1", **checksums(encoded)}
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Path:
+    """Save a model in the sparse form: every tensor takes the codec that is smallest for it.
+
+    The folder is written beside its final place and then renamed, so it is never half there. After ``import
+    sparsehooks``, ``AutoModel.from_pretrained`` opens it bit for bit (a negative zero becomes a positive one).
+
+    Args:
+        model: a transformers model, or any module, which is saved as ``model.safetensors`` alone.
+        folder: a new or empty folder, or an earlier artifact to replace.
+        options: passed on to the model's own ``save_pretrained`` (``max_shard_size``, ...).
+
+    Raises:
+        ArtifactError: if the folder holds something else, or cannot be written.
+    """
+    from safetensors.torch import save_file
+    from transformers import PreTrainedModel
+
+    from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
+
+    with new_folder(folder) as temporary:
+        if not isinstance(model, PreTrainedModel):
+            tensors, metadata = encode_state_dict(model.state_dict())
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", **metadata})
+            return Path(folder)
+        config = disarm(model)
+        arm(model, config or SparseHooksConfig())
+        try:
+            model.save_pretrained(temporary, **options)
+        finally:
+            if config is None:
+                disarm(model)
+    return Path(folder)

@@ -1,0 +1,1 @@
+"""The built-in plugins: ordinary plugins that use public names only."""

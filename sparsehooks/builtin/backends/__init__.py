@@ -1,0 +1,19 @@
+"""Backends: what runs a layer?"""
+
+from __future__ import annotations
+
+from sparsehooks import Component, hookimpl
+from sparsehooks.catalog import Registry
+
+
+@hookimpl
+def register_components(registry: Registry) -> None:
+    """Offer them."""
+    registry.add(
+        Component(
+            kind="backend",
+            name="dense",
+            target="sparsehooks.builtin.backends.dense:Dense",
+            summary="torch, with the dense weight",
+        )
+    )

@@ -1,0 +1,70 @@
+"""N:M."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsehooks import Pattern
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of N:M.
+
+    Attributes:
+        n: how many weights of a group stay.
+        m: how many consecutive weights of a row, along the input features, form a group.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"the pattern {self.n}:{self.m} must keep at least one weight of a group and drop one")
+
+
+class NOfM(Pattern):
+    """N of every M consecutive weights of a row stay (Mishra et al. 2021, arXiv:2104.08378).
+
+    A unit is a group. A ramp masks the groups that lose least first, each of them to N at once; when it ends, every
+    group has N.
+    """
+
+    Config = Options
+    config: Options
+
+    def check(self, shape: Sequence[int]) -> str | None:
+        """Rows must divide into groups."""
+        if shape[1] % self.config.m:
+            return f"its {shape[1]} input features do not divide by {self.config.m}"
+        return None
+
+    def share(self) -> float:
+        """(M - N) / M."""
+        return 1 - self.config.n / self.config.m
+
+    def units(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a group loses: the sum of its M - N smallest scores; shape (rows, columns / M)."""
+        lost = self.config.m - self.config.n
+        return {name: self._sorted(score).values[..., :lost].sum(dim=-1) for name, score in scores.items()}
+
+    def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All of a group that stays whole, the N largest of the others; of equal scores the first ones."""
+        masks = {}
+        for name, score in scores.items():
+            ranked = self._sorted(score).indices
+            mask = torch.ones_like(ranked, dtype=torch.bool)
+            mask.scatter_(-1, ranked[..., : self.config.m - self.config.n], value=False)
+            masks[name] = (mask | keep[name].unsqueeze(-1)).reshape(score.shape)
+        return masks
+
+    def _sorted(self, score: Tensor) -> torch.return_types.sort:
+        groups = score.reshape(score.shape[0], -1, self.config.m)
+        # descending and stable, read backwards: of equal scores the later ones come first, and go first
+        order = groups.sort(dim=-1, descending=True, stable=True)
+        return torch.return_types.sort((order.values.flip(-1), order.indices.flip(-1)))

@@ -1,0 +1,416 @@
+"""The contract of each component kind: the abstract classes that plugins implement.
+
+Config is a frozen dataclass (``Config``), state is a dict of tensors (``state_dict``), and the object itself is
+final: a subclass implements the abstract methods and overrides nothing else. This module imports neither torch nor
+transformers, so a plugin may import it at no cost.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+
+class Need(enum.Enum):
+    """Something that the session collects once for all components that declare it in ``needs``."""
+
+    HIDDEN_STATES = "hidden_states"
+    """Student and teacher run with ``output_hidden_states=True``."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The Config of a component that has no options."""
+
+
+class ComponentBase(ABC):
+    """What all kinds share: a name for the kind, options, state and needs.
+
+    Attributes:
+        kind: the name of the kind, set by the kind's own class.
+        Config: a frozen dataclass of the options; its fields are the keys that a recipe may give, its
+            ``__post_init__`` may raise ``ValueError`` with one sentence.
+        needs: what the session has to collect for this component.
+        config: the options of this object.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type] = NoOptions
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must survive a checkpoint, as tensors. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state_dict`` gave. Default: nothing to take."""
+
+
+# --------------------------------------------------------------------------------------------------- pruning
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """One prunable weight, as a criterion sees it.
+
+    Attributes:
+        name: the parameter's name in the model.
+        weight: the detached values as a matrix, shape (out_features, everything else), in the parameter's dtype.
+        seed: a number fixed by the recipe's seed, the stage, the step and the name: equal on every rank.
+    """
+
+    name: str
+    weight: Tensor
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        """A CPU random generator seeded with ``seed``."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Criterion(ComponentBase):
+    """Which weights matter?"""
+
+    kind = "criterion"
+
+    @abstractmethod
+    def score(self, view: WeightView) -> Tensor:
+        """The importance of each weight: shape of ``view.weight``, floating point, finite; the larger the safer.
+
+        Scores of one stage are compared with each other, within a layer or over all layers as the allocation says.
+        """
+
+
+class Pattern(ComponentBase):
+    """In which shape may weights go?
+
+    A *unit* is what goes or stays as a whole. Keys are parameter names; matrices are (rows, columns) = (output
+    features, input features).
+    """
+
+    kind = "pattern"
+
+    @abstractmethod
+    def check(self, shape: Sequence[int]) -> str | None:
+        """Why a matrix of this shape cannot be pruned in this pattern, in a few words, or None if it can."""
+
+    @abstractmethod
+    def units(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """One score per removable unit, from the scores of its weights; the units of a matrix, in any shape."""
+
+    @abstractmethod
+    def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The mask of each matrix (bool, shape of its scores, True = stays) from the bool mask of its units."""
+
+    def share(self) -> float:
+        """The part of a unit's weights that goes with it: 1 unless the pattern keeps some (N:M keeps n of m)."""
+        return 1.0
+
+
+class Allocation(ComponentBase):
+    """How is the budget shared between the layers?"""
+
+    kind = "allocation"
+
+    @abstractmethod
+    def keep(self, units: Mapping[str, Tensor], sparsity: float) -> Mapping[str, int]:
+        """How many units of each matrix stay, so that the share ``sparsity`` of all units goes.
+
+        Args:
+            units: the score of each unit, one tensor a matrix.
+            sparsity: in [0, 1), a share of the units.
+        """
+
+
+@dataclass(frozen=True)
+class Window:
+    """The options that every gradual schedule has.
+
+    Attributes:
+        start: when it begins: a float in [0, 1] is a fraction of the run, an integer an optimizer step.
+        end: when it has reached its target, likewise.
+        every: optimizer steps between two updates; the last update always falls on ``end``.
+    """
+
+    start: float | int = 0.0
+    end: float | int = 1.0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_moment("start", self.start)
+        check_moment("end", self.end)
+        if type(self.end) is int and self.end == 1:
+            raise ValueError("'end' = 1 is the first optimizer step; write 1.0 for the whole run")
+        if self.every < 1:
+            raise ValueError(f"'every' must be at least 1, got {self.every}")
+        if type(self.start) is type(self.end) and self.end <= self.start:
+            raise ValueError(f"the schedule ends ('end' = {self.end}) before it starts ('start' = {self.start})")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The option of a schedule that acts once.
+
+    Attributes:
+        start: when: a float in [0, 1] is a fraction of the run, an integer an optimizer step.
+    """
+
+    start: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        check_moment("start", self.start)
+
+
+def check_moment(key: str, value: float | int) -> None:
+    """Refuse a point in time that is outside the run, with a ``ValueError``."""
+    if isinstance(value, float) and not 0.0 <= value <= 1.0:
+        raise ValueError(f"'{key}' = {value} is not a fraction of the run in [0, 1]")
+    if value < 0:
+        raise ValueError(f"'{key}' = {value} is before the first step")
+
+
+class Schedule(ComponentBase):
+    """When does a stage act, and how much of its final sparsity holds by then?
+
+    A pure function of the optimizer step. ``Config`` is ``Window`` or ``Moment`` or a subclass of them.
+    """
+
+    kind = "schedule"
+    Config: ClassVar[type] = Window
+
+    @abstractmethod
+    def sparsity(self, progress: float) -> float:
+        """The share of the final sparsity, in [0, 1], at ``progress`` in [0, 1] of the window; exactly 1 at 1."""
+
+    def window(self, total_steps: int) -> tuple[int, int]:
+        """The first and the last step of the window, in optimizer steps, for a run of ``total_steps``."""
+        first = _step(self.config.start, total_steps)
+        return first, _step(getattr(self.config, "end", self.config.start), total_steps)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether the masks change after ``step`` finished optimizer steps."""
+        first, last = self.window(total_steps)
+        return step == last or (first <= step < last and (step - first) % self.config.every == 0)
+
+    def at(self, step: int, total_steps: int) -> float:
+        """The share of the final sparsity after ``step`` finished optimizer steps."""
+        first, last = self.window(total_steps)
+        if step >= last:
+            return 1.0
+        return 0.0 if step < first else self.sparsity((step - first) / (last - first))
+
+
+def _step(moment: float | int, total_steps: int) -> int:
+    return round(moment * total_steps) if isinstance(moment, float) else moment
+
+
+# ---------------------------------------------------------------------------------------------- quantization
+
+
+class Quantizer(ComponentBase):
+    """On which grid do the values lie?
+
+    The three methods describe one projection: ``unpack(pack(w), w.dtype)`` equals ``fake_quantize(w)`` bit for bit,
+    a second application changes nothing, and zero stays zero.
+    """
+
+    kind = "quantizer"
+
+    @abstractmethod
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """The weight on its grid, in its own dtype and shape (rows, ...), with a gradient for the weight."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """The codes and whatever else ``unpack`` needs, as plain tensors."""
+
+    @abstractmethod
+    def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight that the parts stand for."""
+
+
+# ---------------------------------------------------------------------------------------------- distillation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a distiller sees of a batch besides the outputs.
+
+    Attributes:
+        inputs: the keyword arguments of the student's forward.
+        shifts_labels: whether the model's own loss compares position i with label i + 1 (causal language models).
+    """
+
+    inputs: Mapping[str, Any]
+    shifts_labels: bool = False
+
+    def items(self, values: Tensor) -> Tensor:
+        """One value for each item that the Trainer counts.
+
+        Args:
+            values: shape (samples,), returned as it is, or (samples, tokens).
+
+        Returns:
+            shape (items,). With token labels: the values at labels other than -100 (shifted where the model's loss
+            shifts). Without: the mean over each sample's tokens that the attention mask does not exclude.
+        """
+        if values.dim() == 1:
+            return values
+        labels = self.inputs.get("shift_labels")
+        if labels is None:
+            labels = self.inputs.get("labels")
+            if labels is not None and self.shifts_labels:
+                labels, values = labels[:, 1:], values[:, :-1]
+        if labels is not None and labels.shape == values.shape:
+            return values[labels != -100]
+        mask = self.inputs.get("attention_mask")
+        if mask is None or mask.shape != values.shape:
+            return values.mean(dim=1)
+        mask = mask.to(values.dtype)
+        return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+class Distiller(ComponentBase):
+    """What does the teacher teach?"""
+
+    kind = "distiller"
+
+    def prepare(self, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Make the tensors to learn beside the student (projections between widths), before the first step.
+
+        Returns:
+            float32 tensors on the CPU, drawn from ``generator``. The session moves them to the student's device,
+            trains them with an AdamW of its own, saves them with its state and passes them to ``loss``.
+        """
+        return {}
+
+    @abstractmethod
+    def loss(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Batch, learned: Mapping[str, Tensor]
+    ) -> Tensor:
+        """One value for each item, shape (items,), unreduced: the session alone divides.
+
+        Args:
+            student: the model output of the student, with gradients.
+            teacher: the model output of the teacher, without.
+            batch: the inputs, and ``batch.items`` to pick the items.
+            learned: the tensors that ``prepare`` made, as they are now.
+        """
+
+
+# ---------------------------------------------------------------------------------------------------- storage
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of an encoded tensor before its sections are read.
+
+    Attributes:
+        dtype: the safetensors name of the tensor's dtype ("F32", "BF16", "F16", ...).
+        rows: the first dimension.
+        columns: the product of the other dimensions.
+        count: how many values the position codec keeps; ``rows * columns`` without one.
+        row_counts: int64 (rows,), how many of them lie in each row. Only values codecs receive it.
+    """
+
+    dtype: str
+    rows: int
+    columns: int
+    count: int
+    row_counts: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.rows * self.columns
+
+
+class Codec(ComponentBase):
+    """How does a tensor lie in the file?
+
+    A tensor is written by two codecs: one for the *positions* that carry a value, one for those *values*. Arrays
+    are numpy; ``decode`` reads bytes that anybody may have written, so it checks every length and range before it
+    allocates, and raises ``ArtifactError``; the reader has verified the checksums and adds the tensor's name.
+
+    Attributes:
+        role: which of the two it is.
+        sections: the names of the byte sections that it writes, unique within the codec.
+    """
+
+    kind = "codec"
+    role: ClassVar[Literal["positions", "values"]]
+    sections: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def bound(self, data: np.ndarray, layout: Layout) -> int | None:
+        """The exact number of bytes that ``encode`` will write, or None if this codec cannot hold the data.
+
+        Args:
+            data: for positions, bool (rows, columns), True where a value is not zero; for values, the kept values in
+                row-major order as an unsigned integer array of their bits.
+            layout: shape, dtype and counts.
+        """
+
+    def cover(self, data: np.ndarray, layout: Layout) -> np.ndarray:
+        """The positions that will carry a value, of which some may be zero; asked only of position codecs.
+
+        Args:
+            data: bool (rows, columns), of which ``bound`` is not None.
+            layout: shape, dtype and counts.
+
+        Returns:
+            bool (rows, columns), True wherever ``data`` is: what ``encode`` receives. Default: the data itself.
+        """
+        return data
+
+    @abstractmethod
+    def encode(self, data: np.ndarray, layout: Layout) -> dict[str, bytes]:
+        """The sections, by name, for data of which ``bound`` is not None."""
+
+    @abstractmethod
+    def decode(self, sections: Mapping[str, memoryview], layout: Layout) -> np.ndarray:
+        """The data again, bit for bit: same dtype and shape as ``encode`` received."""
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend can run a layer, and if not, why."""
+
+    ok: bool
+    reason: str = ""
+
+
+class Backend(ComponentBase):
+    """What runs a layer?"""
+
+    kind = "backend"
+
+    @abstractmethod
+    def supports(self, layer: nn.Module, device: torch.device) -> Support:
+        """Yes, or no with a reason."""
+
+    @abstractmethod
+    def convert(self, layer: nn.Module) -> nn.Module:
+        """A layer with the same outputs that this backend runs; called only where ``supports`` says yes."""
+
+
+KINDS: Mapping[str, type[ComponentBase]] = {
+    contract.kind: contract
+    for contract in (Criterion, Pattern, Allocation, Schedule, Quantizer, Distiller, Codec, Backend)
+}

@@ -1,0 +1,153 @@
+"""Distillation: the teachers of a run, what is learned beside the student, and the loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsehooks.components import Batch, Distiller, Need
+from sparsehooks.distributed import average, once, seed_of
+from sparsehooks.errors import SessionError
+from sparsehooks.plugins import attributed
+from sparsehooks.recipe import DistillStage
+from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, write_start
+
+if TYPE_CHECKING:
+    from sparsehooks.plan import PlannedStage
+
+LEARNING_RATE = 1e-3
+"""Of the AdamW that trains what distillers learn beside the student; kept out of the user's optimizer, whose
+groups the learning-rate scheduler and a resumed run count."""
+
+
+class Distillation:
+    """The distill stages of a run.
+
+    Args:
+        stages: the planned stages and their distillers.
+        model: the student.
+        seed: the recipe's.
+        folder: where the start of the run is kept for resuming; None keeps it in memory only.
+        start: the fingerprint of that start, for a resumed run.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, tuple[PlannedStage, Distiller]],
+        model: nn.Module,
+        seed: int,
+        folder: Path | None,
+        start: str | None,
+    ) -> None:
+        self._stages = stages
+        self._model = model
+        self._shifts = _shifts_labels(model)
+        self.start = start
+        self._teachers: dict[str, Teacher] = {}
+        self._learned: dict[int, dict[str, Tensor]] = {}
+        self._unused = False
+        self.needs_hidden_states = any(Need.HIDDEN_STATES in distiller.needs for _, distiller in stages.values())
+        device = next(model.parameters()).device
+        for index, (planned, distiller) in stages.items():
+            assert isinstance(planned.stage, DistillStage)
+            name = planned.stage.teacher
+            if name not in self._teachers:
+                self._teachers[name] = Teacher(self._open(name, folder))
+            generator = torch.Generator().manual_seed(seed_of(seed, index, "learned"))
+            with attributed(planned.components["distill"].record):
+                made = distiller.prepare(model, self._teachers[name].model, generator)
+            self._learned[index] = {key: tensor.to(device).requires_grad_() for key, tensor in made.items()}
+        learned = self._tensors()
+        self._optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.0) if learned else None
+
+    def terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The sum of all loss terms of one micro-batch; see ``Session.loss_terms``."""
+        total = None
+        batch = Batch(inputs, self._shifts)
+        items = inputs.get("num_items_in_batch")
+        answers: dict[str, Any] = {}
+        for index, (planned, distiller) in self._stages.items():
+            assert isinstance(planned.stage, DistillStage)
+            name = planned.stage.teacher
+            if name not in answers:
+                answers[name] = self._teachers[name](inputs, hidden_states=self.needs_hidden_states)
+            with attributed(planned.components["distill"].record):
+                values = distiller.loss(outputs, answers[name], batch, self._learned[index])
+                if values.dim() != 1:
+                    raise SessionError(
+                        f"{planned.label}: loss() must return one value an item, shape (items,), "
+                        f"got {tuple(values.shape)}"
+                    )
+            term = planned.stage.weight * values.sum() / (max(values.numel(), 1) if items is None else items)
+            total = term if total is None else total + term
+        if total is not None and total.requires_grad and not torch.compiler.is_compiling():
+            self._unused = True
+            total.register_hook(self._mark_used)
+        return total
+
+    def before_step(self, scale: float) -> None:
+        """Check that the terms reached the gradient; average and unscale the gradients of what is learned."""
+        if self._unused:
+            raise SessionError(
+                "the distillation loss was computed but not trained on: the loop computes its own loss (label "
+                "smoothing, compute_loss_func); use sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
+            )
+        for tensor in self._tensors():
+            if tensor.grad is not None:
+                average(tensor.grad)
+                tensor.grad /= scale
+
+    def after_step(self, *, skipped: bool) -> None:
+        """Train what is learned beside the student, unless the step was skipped or overflowed."""
+        if self._optimizer is None:
+            return
+        gradients = [tensor.grad for tensor in self._tensors() if tensor.grad is not None]
+        if not skipped and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fingerprint of the start, what is learned, and its optimizer."""
+        return {
+            "start": self.start,
+            "learned": {
+                index: {name: tensor.detach() for name, tensor in tensors.items()}
+                for index, tensors in self._learned.items()
+            },
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.start = state["start"]
+        for index, tensors in self._learned.items():
+            for name, tensor in tensors.items():
+                tensor.data.copy_(state["learned"][index][name])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _open(self, name: str, folder: Path | None) -> nn.Module:
+        if name != "self":
+            return open_teacher(name, self._model)
+        if self.start is not None:
+            return read_start(self._model, folder, self.start)
+        self.start = "in memory" if folder is None else once(lambda: write_start(self._model, folder))
+        return frozen_copy(self._model)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for tensors in self._learned.values() for tensor in tensors.values()]
+
+    def _mark_used(self, gradient: Tensor) -> None:
+        self._unused = False
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's own loss compares position i with label i + 1, as the Trainer decides it."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)

@@ -1,0 +1,53 @@
+"""What the ranks of a run have to agree on; on one process, nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsehooks.errors import SessionError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(value: str, disagreement: str) -> None:
+    """Compare a value over the ranks.
+
+    Raises:
+        SessionError: ``disagreement``, if they differ.
+    """
+    if world_size() > 1:
+        values: list[str | None] = [None] * world_size()
+        dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise SessionError(disagreement)
+
+
+def once(make: Callable[[], T]) -> T:
+    """The result of a call that rank 0 alone makes, on every rank."""
+    if world_size() == 1:
+        return make()
+    results = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(results)
+    return results[0]  # type: ignore[return-value]
+
+
+def average(tensor: Tensor) -> None:
+    """Average a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed fixed by its parts, equal on every rank and below 2**63."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

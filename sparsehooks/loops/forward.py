@@ -1,0 +1,51 @@
+"""Loss terms through the model's own forward: the way into loops that cannot be changed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsehooks.errors import SessionError
+from sparsehooks.session import Session
+
+
+def ask_for_hidden_states(model: nn.Module, session: Session) -> list[RemovableHandle]:
+    """Make training forwards return their hidden states, if the session needs them."""
+    if not session.needs_hidden_states:
+        return []
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, {**kwargs, "output_hidden_states": True}) if trains(module) else None
+
+    return [model.register_forward_pre_hook(ask, with_kwargs=True)]
+
+
+def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
+    """Add the session's loss terms to ``outputs.loss`` of every training forward of the (unwrapped) model."""
+    if not session.distils:
+        return []
+    signature = inspect.signature(model.forward)
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        if not trains(module):
+            return outputs
+        if not isinstance(outputs, Mapping):
+            raise SessionError("distillation needs a model that returns a ModelOutput; set return_dict=True")
+        inputs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+        terms = session.loss_terms(outputs, inputs)
+        if terms is not None:
+            own = outputs.get("loss")
+            outputs["loss"] = terms if own is None else own + terms  # type: ignore[index]
+        return outputs
+
+    return ask_for_hidden_states(model, session) + [model.register_forward_hook(add, with_kwargs=True)]
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether this forward is one of training."""
+    return module.training and torch.is_grad_enabled()

@@ -1,0 +1,120 @@
+"""No loop at all: compress a model as it is."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+import transformers
+
+from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
+from sparsehooks.artifact.write import save_pretrained
+from sparsehooks.errors import PlanError, SparseHooksError
+from sparsehooks.plugins import PluginManager, as_manager
+from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Use
+from sparsehooks.session import Session
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def compress(
+    model_or_path: nn.Module | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    calibration: Iterable[Any] | None = None,
+    plugins: Sequence[Any] | PluginManager = (),
+) -> nn.Module:
+    """Compress a model without training: every stage at once, at its final value; schedules do not apply.
+
+    Args:
+        model_or_path: a model, which is changed in place; a folder; or a name on the Hub.
+        recipe: a path, a mapping, or a ``Recipe``.
+        out: where to save the result; a new or empty folder, or an earlier artifact to replace.
+        tokenizer: saved beside the model. Of a folder, the tokenizer's files are taken along without it.
+        calibration: batches for components that need data; no built-in one does yet.
+        plugins: see ``PluginManager``.
+
+    Returns:
+        the compressed model; saving it writes the sparse form.
+
+    Raises:
+        PlanError: all problems together, before the model is touched; distillation is one.
+        ArtifactError: if ``out`` cannot be written.
+    """
+    manager = as_manager(plugins)
+    recipe = at_once(Recipe.of(recipe, manager))
+    if calibration is not None:
+        warnings.warn("calibration data was given, but nothing in the recipe reads it", stacklevel=2)
+    source = None
+    model = model_or_path
+    if not isinstance(model, nn.Module):
+        model, source = open_model(model)
+    session = Session.of(recipe, manager, model, total_steps=0)
+    opened = isinstance(model, PreTrainedModel) and disarm(model) is not None
+    session.start(model, opened=opened)
+    session.finish()
+    if isinstance(model, PreTrainedModel):
+        arm(model, SparseHooksConfig(recipe=recipe.to_dict(), plugins=session.metadata))
+    if out is not None:
+        save_pretrained(model, out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+        elif source is not None:
+            copy_companions(source, Path(out))
+    return model
+
+
+def at_once(recipe: Recipe) -> Recipe:
+    """The recipe with every schedule replaced by ``oneshot``.
+
+    Raises:
+        PlanError: for stages that need training.
+    """
+    problems = [
+        f"recipe.stage[{index}]: distillation needs training; use CompressionCallback or attach, or leave it out"
+        for index, stage in enumerate(recipe.stages)
+        if isinstance(stage, DistillStage)
+    ]
+    if problems:
+        raise PlanError(problems)
+    stages = tuple(
+        replace(stage, schedule=Use("oneshot")) if isinstance(stage, (PruneStage, QuantizeStage)) else stage
+        for stage in recipe.stages
+    )
+    return replace(recipe, stages=stages)
+
+
+def open_model(name: str | Path) -> tuple[PreTrainedModel, Path]:
+    """The model of a folder or a Hub name, in the class that its config names, and the folder of its files.
+
+    Raises:
+        SparseHooksError: if there is no such model.
+    """
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"]))
+        config = AutoConfig.from_pretrained(folder)
+        architecture = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        return architecture.from_pretrained(folder), folder
+    except (OSError, ValueError, RuntimeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise SparseHooksError(f"'{name}' is neither a model folder nor a model on the Hub that can be had: {what}") from error
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Take along what lies beside the weights (tokenizer, pooling, model card) and is not there yet."""
+    for path in sorted(source.rglob("*")):
+        target = out / path.relative_to(source)
+        if path.is_file() and not path.name.endswith(WEIGHTS) and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)

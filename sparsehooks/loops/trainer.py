@@ -1,0 +1,201 @@
+"""The Trainer: one callback that hosts everything, and a second door for losses the Trainer computes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
+from sparsehooks.errors import SessionError
+from sparsehooks.loops.forward import add_loss_terms, ask_for_hidden_states
+from sparsehooks.plugins import PluginManager, as_manager
+from sparsehooks.recipe import Recipe
+from sparsehooks.session import Session
+
+
+class CompressionCallback(TrainerCallback):  # type: ignore[misc]
+    """Compress the model while the Trainer trains it: ``trainer.add_callback(CompressionCallback("recipe.toml"))``.
+
+    Checkpoints stay dense, so the Trainer resumes from them as from any other. When training ends, the model holds
+    its final weights and ``trainer.save_model()``, ``push_to_hub()`` and ``model.save_pretrained()`` write the
+    sparse form. With ``load_best_model_at_end`` only checkpoints after the last schedule has ended compete.
+
+    Args:
+        recipe: a path, a mapping, or a ``Recipe``.
+        plugins: see ``PluginManager``.
+
+    Raises:
+        RecipeError: if the recipe cannot be read. ``PlanError`` follows in ``train()``, before the first step.
+    """
+
+    def __init__(
+        self, recipe: Recipe | Mapping[str, Any] | str | Path, plugins: Sequence[Any] | PluginManager = ()
+    ) -> None:
+        self.manager = as_manager(plugins)
+        self.recipe = Recipe.of(recipe, self.manager)
+        self.session: Session | None = None
+        self.adds_loss_terms = True
+        self._handles: list[RemovableHandle] = []
+        self._complete = False
+
+    def detach(self, error: BaseException | None = None) -> None:
+        """Undo everything that a run which did not end has left on the model. Training that ends does this itself."""
+        session, self.session = self.session, None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if session is not None:
+            session.abort(error)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach: the model is prepared, and a checkpoint is loaded."""
+        self.detach()  # the Trainer begins again after it found a batch size that fits
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if getattr(args, "deepspeed", None):
+            raise SessionError("DeepSpeed is not supported: it keeps the weights where masks cannot reach them; use DDP")
+        if self.adds_loss_terms and args.label_smoothing_factor and any(s.action == "distill" for s in self.recipe.stages):
+            raise SessionError(
+                "with label smoothing the Trainer computes its own loss and the distillation would be lost; "
+                "use sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
+            )
+        session = Session.of(self.recipe, self.manager, model, state.max_steps)
+        opened = disarm(model) is not None
+        self.session = session
+        with self._aborting():
+            session.start(
+                model,
+                getattr(optimizer, "optimizer", optimizer),
+                state.global_step,
+                folder=Path(args.output_dir),
+                opened=opened,
+            )
+            attach = add_loss_terms if self.adds_loss_terms else ask_for_hidden_states
+            self._handles = attach(model, session)
+            if self._handles and getattr(args, "torch_compile", False):
+                torch.compiler.reset()  # compiled code ignores hooks that came later
+        self._complete = session.complete
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The gradients are ready."""
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        with self._aborting() as session:
+            session.before_step(1.0 if scaler is None else scaler.get_scale())
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The weights have changed: mask them before anything evaluates or saves them."""
+        with self._aborting() as session:
+            session.after_step(skipped=bool(getattr(kwargs["optimizer"], "step_was_skipped", False)))
+            if session.complete and not self._complete:
+                # what was best so far is not yet what the recipe asks for
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+                self._complete = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the sparsity to the logs; the history holds a copy already."""
+        if self.session is not None and self.session.masks.masks:
+            for logs in (kwargs.get("logs"), state.log_history[-1] if state.log_history else None):
+                if logs is not None:
+                    logs["sparsity"] = self.session.sparsity
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pass the metrics on."""
+        if self.session is not None:
+            with self._aborting() as session:
+                session.metrics(kwargs["metrics"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finish, and arm the model: from here on it saves in the sparse form."""
+        with self._aborting() as session:
+            session.finish()
+        self.session = None
+        self.detach()
+        if isinstance(kwargs["model"], PreTrainedModel):
+            arm(kwargs["model"], SparseHooksConfig(recipe=self.recipe.to_dict(), plugins=session.metadata))
+
+    def _aborting(self) -> _Aborting:
+        if self.session is None:
+            raise SessionError("the callback was not there when training began; add it before trainer.train()")
+        return _Aborting(self, self.session)
+
+
+class _Aborting:
+    """Whatever is raised inside detaches the callback on its way out."""
+
+    def __init__(self, callback: CompressionCallback, session: Session) -> None:
+        self._callback = callback
+        self._session = session
+
+    def __enter__(self) -> Session:
+        return self._session
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._callback.detach(error)
+
+
+def attach_trainer(
+    trainer: Trainer,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    plugins: Sequence[Any] | PluginManager = (),
+) -> CompressionCallback:
+    """Add the callback to a Trainer that computes its own loss, and in front of the callbacks that log.
+
+    The same as ``trainer.add_callback(CompressionCallback(recipe))``, and in addition: loss terms are added after
+    ``trainer.compute_loss``, so they hold with label smoothing and ``compute_loss_func``; and the sparsity reaches
+    loggers (Weights & Biases, TensorBoard), which read the logs before later callbacks.
+
+    Returns:
+        the callback.
+    """
+    callback = CompressionCallback(recipe, plugins)
+    callback.adds_loss_terms = False
+    trainer.callback_handler.callbacks.insert(0, callback)
+    compute_loss = trainer.compute_loss
+
+    def compute_loss_with_terms(
+        model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        given = dict(inputs)  # the Trainer takes the labels out
+        loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        session = callback.session
+        if session is not None and session.distils and model.training and torch.is_grad_enabled():
+            if num_items_in_batch is not None and _is_scaled(trainer, num_items_in_batch):
+                given["num_items_in_batch"] = num_items_in_batch
+            terms = session.loss_terms(outputs, given)
+            if terms is not None:
+                loss = loss + terms * _scale(trainer, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss_with_terms
+    return callback
+
+
+def _is_scaled(trainer: Trainer, items: Any) -> bool:
+    """Whether the Trainer leaves the loss as it is, because it was divided by the number of items already."""
+    if trainer.loss_is_scaled_for_ga is not None:
+        return bool(trainer.loss_is_scaled_for_ga)
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+
+
+def _scale(trainer: Trainer, items: Any) -> float:
+    """The factor that makes a term of ours meet what the Trainer does to the loss afterwards."""
+    if not _is_scaled(trainer, items):
+        return 1.0  # a mean over this micro-batch, like the loss; the Trainer divides both
+    if items is None:
+        return 1.0 / trainer.current_gradient_accumulation_steps
+    return float(trainer.accelerator.num_processes) if trainer.args.average_tokens_across_devices else 1.0

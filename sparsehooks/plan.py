@@ -1,0 +1,231 @@
+"""Plans: a recipe bound to the catalog and fitted to a model, with every problem reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from sparsehooks.components import ComponentBase, Pattern, Schedule
+from sparsehooks.decoding import decode
+from sparsehooks.errors import PlanError, PluginError, RecipeError
+from sparsehooks.plugins import PluginManager, require
+from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Stage, Use
+from sparsehooks.targets import Target, find
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsehooks.catalog import Record
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A component chosen by a recipe, with its options decoded."""
+
+    record: Record
+    config: Any
+    cls: type[ComponentBase]
+
+    def create(self) -> ComponentBase:
+        """A new object of the component."""
+        return self.cls(self.config)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage with what it resolved to.
+
+    Attributes:
+        index: its place in the recipe.
+        stage: the stage as the recipe has it.
+        components: what its keys chose, by key (``"prune"``, ``"pattern"``, ``"schedule"``, ...).
+        targets: the weights it acts on; empty for distillation and without a model.
+        notes: what was left out, and why.
+    """
+
+    index: int
+    stage: Stage
+    components: Mapping[str, Bound]
+    targets: tuple[Target, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How messages and hooks call this stage."""
+        return f"stage[{self.index}] {self.stage.action} {self.stage.component.use}"
+
+    @property
+    def path(self) -> str:
+        """Where it stands in the recipe."""
+        return f"recipe.stage[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        recipe: where it came from.
+        stages: in the order of the recipe.
+        total_steps: optimizer steps of the run, or None where that is not known.
+    """
+
+    recipe: Recipe
+    stages: tuple[PlannedStage, ...]
+    total_steps: int | None = None
+
+    @classmethod
+    def build(
+        cls,
+        recipe: Recipe,
+        manager: PluginManager,
+        model: nn.Module | None = None,
+        total_steps: int | None = None,
+    ) -> Plan:
+        """Bind the recipe to the plugins and, if there is one, fit it to the model. Changes nothing.
+
+        Raises:
+            PlanError: all problems together.
+        """
+        problems = require(recipe.requires)
+        stages = []
+        for index, stage in enumerate(recipe.stages):
+            planned = _bind(index, stage, manager, problems)
+            if planned is not None and model is not None:
+                planned = _fit(planned, model, problems)
+            if planned is not None:
+                stages.append(planned)
+        plan = cls(recipe, tuple(stages), total_steps)
+        problems += _overlaps(plan)
+        problems += _moments(plan)
+        if not problems:
+            problems += manager.check_plan(plan)
+        if problems:
+            raise PlanError(problems)
+        return plan
+
+
+KEYS = {
+    PruneStage: {"prune": "criterion", "pattern": "pattern", "allocation": "allocation", "schedule": "schedule"},
+    QuantizeStage: {"quantize": "quantizer", "schedule": "schedule"},
+    DistillStage: {"distill": "distiller"},
+}
+"""For each kind of stage: which of its keys name a component, and of which kind."""
+
+
+@contextmanager
+def _collecting(problems: list[str], path: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (RecipeError, PluginError) as error:
+        problems.append(f"{path}: {error}" if path else str(error))
+
+
+def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str]) -> PlannedStage | None:
+    before, components = len(problems), {}
+    for key, kind in KEYS[type(stage)].items():
+        path = f"recipe.stage[{index}].{key}"
+        use = cast(Use, getattr(stage, key))
+        with _collecting(problems, path):
+            record, options = manager.catalog.resolve(kind, use.use)
+            component = record.load()
+            with _collecting(problems):
+                config = decode(component.Config, {**options, **use.options}, path)
+                components[key] = Bound(record, config, component)
+    planned = PlannedStage(index, stage, components)
+    if len(problems) == before and isinstance(stage, PruneStage):
+        fixed = cast(Pattern, components["pattern"].create()).share()
+        if stage.sparsity is None and fixed == 1.0:
+            problems.append(f"{planned.path}: 'sparsity' is missing, such as 0.8")
+        elif fixed < 1.0 and stage.sparsity is not None and stage.sparsity != fixed:
+            problems.append(
+                f"{planned.path}: the pattern '{stage.pattern.use}' fixes the sparsity at {fixed:g}, "
+                f"not {stage.sparsity:g}; leave 'sparsity' out"
+            )
+    return planned if len(problems) == before else None
+
+
+def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage | None:
+    stage = planned.stage
+    if isinstance(stage, DistillStage):
+        with _collecting(problems, f"{planned.path}.teacher"):
+            _check_teacher(stage.teacher)
+        return planned
+    targets: list[Target] = []
+    notes: list[str] = []
+    with _collecting(problems, f"{planned.path}.targets"):
+        targets, notes = find(model, stage.targets, stage.exclude)
+    if isinstance(stage, PruneStage):
+        problems += _misfits(planned, stage, targets)
+    if isinstance(stage, QuantizeStage):
+        from sparsehooks.swapping import unsupported
+
+        problems += [f"{planned.path}: {problem}" for problem in unsupported(model, targets)]
+    return PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes))
+
+
+def _misfits(planned: PlannedStage, stage: PruneStage, targets: list[Target]) -> list[str]:
+    pattern = cast(Pattern, planned.components["pattern"].create())
+    reasons: dict[str, list[str]] = {}
+    for target in targets:
+        reason = pattern.check(target.matrix_shape)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(target.parameter)
+    return [
+        f"{planned.path}.pattern: '{stage.pattern.use}' does not fit {_some(names)}: {reason}; exclude it"
+        for reason, names in reasons.items()
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _overlaps(plan: Plan) -> list[str]:
+    claimed: dict[tuple[str, str], PlannedStage] = {}
+    clashes: dict[tuple[int, int, str], list[str]] = {}
+    for planned in plan.stages:
+        for target in planned.targets:
+            key = planned.stage.action, target.parameter
+            first = claimed.setdefault(key, planned)
+            if first is not planned:
+                clashes.setdefault((first.index, planned.index, key[0]), []).append(target.parameter)
+    return [
+        f"recipe.stage[{first}] and recipe.stage[{second}] both {action} {_some(names)}; exclude it from one of them"
+        for (first, second, action), names in clashes.items()
+    ]
+
+
+def _moments(plan: Plan) -> list[str]:
+    problems: list[str] = []
+    total = plan.total_steps
+    if total is None:
+        return problems
+    for planned in plan.stages:
+        if "schedule" not in planned.components:
+            continue
+        schedule = cast(Schedule, planned.components["schedule"].create())
+        first, last = schedule.window(total)
+        if last > total:
+            problems.append(f"{planned.path}.schedule: acts until step {last}, but the run has {total} steps")
+        elif hasattr(schedule.config, "end") and last <= first:
+            problems.append(f"{planned.path}.schedule: ends at step {last} before it starts at step {first}")
+    return problems
+
+
+def _check_teacher(name: str) -> None:
+    if name == "self":
+        return
+    if Path(name).exists():
+        if not (Path(name) / "config.json").is_file():
+            raise RecipeError(f"'{name}' is no model folder: it has no config.json")
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"'{name}' is neither 'self', nor a folder, nor a model on the Hub that can be had") from error

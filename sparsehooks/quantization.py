@@ -1,0 +1,72 @@
+"""The arithmetic of the symmetric int8 grid, one scale a row: shared by the quantizer and the codec.
+
+The scale of a row is the largest magnitude divided by 127 and rounded to 17 significant bits, so that a code (7 bits)
+times a scale needs at most the 24 bits that float32 has: every grid value is exact, and the scale can be found again
+from the values alone. In bfloat16 and float16 the product is rounded once more, which keeps the largest magnitude of
+a row whose values have that dtype already. So quantizing a second time changes no bit, for every finite row of
+float32, bfloat16 or float16 values, subnormal and huge ones included: scales are kept within [2^-126, 2.68e36], where
+all products are exact and finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CODE_MAX = 127
+_SCALE_MIN = 2.0**-126  # the smallest normal float32; a row with smaller steps is rounded to multiples of it
+_SCALE_MAX = 66052 * 2.0**105  # the largest number of 17 significant bits whose 127-fold is a finite float32
+_DROPPED_BITS = 24 - 17
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """The scale of each row of a weight.
+
+    Args:
+        weight: shape (rows, ...) with at least two dimensions, none of them empty; any floating dtype, of which only
+            the largest magnitudes are converted to float32.
+
+    Returns:
+        float32, shape (rows, 1, ...), which broadcasts against the weight: 17 significant bits, rounded to nearest
+        even, within [2^-126, 66052 * 2^105]; 1 for a row of zeros.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    largest = weight.detach().abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True).to(torch.float32)
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError("values that are not finite cannot be quantized")
+    bits = (largest / _CODE_MAX).clamp(_SCALE_MIN, _SCALE_MAX).view(torch.int32)
+    half = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
+    scales = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
+    return scales.masked_fill(largest == 0, 1.0)
+
+
+def to_codes(weight: Tensor, scales: Tensor) -> Tensor:
+    """The code nearest to each value; ties go to the even code.
+
+    Args:
+        weight: finite values, any shape and floating dtype.
+        scales: float32 from ``row_scales``; broadcasts against the weight.
+
+    Returns:
+        int8, the shape of the weight, within [-127, 127].
+    """
+    return (weight.detach().to(torch.float32) / scales).round_().clamp_(-_CODE_MAX, _CODE_MAX).to(torch.int8)
+
+
+def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that codes stand for: the float32 product, rounded to ``dtype``; a zero is always +0.0.
+
+    Args:
+        codes: int8, any shape.
+        scales: float32; broadcasts against the codes.
+        dtype: a floating dtype.
+
+    Returns:
+        the shape of the codes. No value is farther than half a scale from the one that ``to_codes`` received, but
+        for the rounding to ``dtype``.
+    """
+    values = (codes * scales).to(dtype)
+    # a tiny negative product rounds to -0.0 in float16
+    return values.masked_fill_(values == 0, 0.0) if dtype == torch.float16 else values

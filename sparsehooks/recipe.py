@@ -1,0 +1,246 @@
+"""Recipes: what shall be done to a model, as frozen values; TOML is one way to write them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sparsehooks.catalog import suggest
+from sparsehooks.decoding import decode
+from sparsehooks.errors import RecipeError
+from sparsehooks.plugins import PluginManager, as_manager
+
+
+@dataclass(frozen=True)
+class Use:
+    """A component by name, with its options: ``"magnitude"`` or ``{ use = "cubic", end = 0.7 }`` in a recipe."""
+
+    use: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def __decode__(cls, value: Any, path: str) -> Use:
+        if isinstance(value, Use):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{path}: expected a name or a table {{ use = NAME, ... }}, got {value!r}")
+        options = dict(value)
+        name = options.pop("use", None)
+        if not isinstance(name, str):
+            raise RecipeError(f"{path}: a component table needs 'use', the name of the component")
+        return cls(name, options)
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """The shortest form that a recipe takes."""
+        return {"use": self.use, **self.options} if self.options else self.use
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all stages have.
+
+    Attributes:
+        targets: which modules: class names (``"Linear"``), globs over module names, or ``re:`` expressions.
+        exclude: which of them not, likewise.
+    """
+
+    action: ClassVar[str]
+    targets: tuple[str, ...] = ("Linear",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if "Use" in str(item.type) and isinstance(getattr(self, item.name), (str, Mapping)):
+                object.__setattr__(self, item.name, Use.__decode__(getattr(self, item.name), item.name))
+        if not self.targets:
+            raise ValueError("'targets' is empty; leave it out for all Linear layers")
+
+    @property
+    def component(self) -> Use:
+        """The component that gives the stage its name."""
+        return getattr(self, self.action)  # type: ignore[no-any-return]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``Recipe.from_dict`` takes; defaults are left out."""
+        plain = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value == item.default and item.name != self.action:
+                continue
+            plain[item.name] = value.to_plain() if isinstance(value, Use) else value
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+@dataclass(frozen=True)
+class PruneStage(Stage):
+    """Remove weights.
+
+    Attributes:
+        prune: the criterion.
+        sparsity: the final share of zeros, in [0, 1); a pattern that fixes it (N:M) needs none.
+        pattern: the shape in which weights go.
+        allocation: how the layers share the budget.
+        schedule: when, and how much by then.
+    """
+
+    action = "prune"
+    prune: Use = Use("magnitude")
+    sparsity: float | None = None
+    pattern: Use = Use("unstructured")
+    allocation: Use = Use("uniform")
+    schedule: Use = Use("oneshot")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"'sparsity' = {self.sparsity} is outside [0, 1); 0.8 keeps a fifth of the weights")
+
+
+@dataclass(frozen=True)
+class QuantizeStage(Stage):
+    """Put weights on a grid.
+
+    Attributes:
+        quantize: the quantizer.
+        schedule: from when on training sees the quantized weights.
+    """
+
+    action = "quantize"
+    quantize: Use = Use("int8")
+    schedule: Use = Use("oneshot")
+
+
+@dataclass(frozen=True)
+class DistillStage(Stage):
+    """Learn from a teacher.
+
+    Attributes:
+        distill: the loss.
+        teacher: ``"self"`` for the model as it was at the start, a folder, or a name on the Hub.
+        weight: the factor of this loss; it is added to the model's own loss.
+    """
+
+    action = "distill"
+    distill: Use = Use("kl")
+    teacher: str = "self"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"'weight' = {self.weight} is not a positive number")
+
+
+ACTIONS: Mapping[str, type[Stage]] = {stage.action: stage for stage in (PruneStage, QuantizeStage, DistillStage)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What shall be done to a model.
+
+    Attributes:
+        stages: what to do; the phase of each (prune, then quantize) orders the finishing work.
+        requires: distributions that must be installed, such as ``"sparsehooks-wanda>=1.2"``.
+        seed: for every component that draws random numbers.
+    """
+
+    stages: tuple[Stage, ...]
+    requires: tuple[str, ...] = ()
+    seed: int = 0
+
+    @classmethod
+    def load(cls, path: str | Path, plugins: Sequence[Any] | PluginManager = ()) -> Recipe:
+        """Read a recipe file: TOML, or whatever format a plugin reads.
+
+        Raises:
+            RecipeError: if the file is missing or is not a recipe.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(f"{path}: there is no such recipe file")
+        mapping = as_manager(plugins).load_recipe(path)
+        if mapping is None:
+            raise RecipeError(f"{path}: neither TOML (.toml) nor a format that a plugin reads")
+        try:
+            return cls.from_dict(mapping)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain values, as TOML has them.
+
+        Raises:
+            RecipeError: the path inside the recipe, what is wrong, and what may be meant.
+        """
+        known = ("stage", "requires", "seed")
+        for key in mapping:
+            if key not in known:
+                raise RecipeError(f"recipe: unknown key '{key}'{suggest(str(key), known)}")
+        stages = mapping.get("stage", ())
+        if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
+            raise RecipeError("recipe: needs at least one [[stage]]")
+        decoded = tuple(_stage(stage, f"recipe.stage[{index}]") for index, stage in enumerate(stages))
+        rest = decode(_Head, {key: value for key, value in mapping.items() if key != "stage"}, "recipe")
+        return cls(decoded, rest.requires, rest.seed)
+
+    @classmethod
+    def of(cls, recipe: Recipe | Mapping[str, Any] | str | Path, plugins: Sequence[Any] | PluginManager = ()) -> Recipe:
+        """The recipe that a path, a mapping or a Recipe stands for."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        return cls.from_dict(recipe) if isinstance(recipe, Mapping) else cls.load(recipe, plugins)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""
+        head: dict[str, Any] = {"requires": list(self.requires)} if self.requires else {}
+        if self.seed:
+            head["seed"] = self.seed
+        return {**head, "stage": [stage.to_dict() for stage in self.stages]}
+
+    def digest(self) -> str:
+        """A fingerprint of the recipe (sha256 of its canonical JSON, 64 hexadecimal digits)."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Head:
+    requires: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def _stage(value: Any, path: str) -> Stage:
+    if isinstance(value, Stage):
+        return value
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{path}: expected a table, got {value!r}")
+    actions = [action for action in ACTIONS if action in value]
+    if len(actions) != 1:
+        near = "" if actions else next((hint for key in value if "mean" in (hint := suggest(str(key), ACTIONS))), "")
+        found = f"has {' and '.join(actions)}" if actions else "has none"
+        raise RecipeError(f"{path}: needs exactly one of {', '.join(ACTIONS)}; it {found}{near}")
+    cls = ACTIONS[actions[0]]
+    own = {item.name for item in fields(cls)}
+    for key in value:
+        for action, other in ACTIONS.items():
+            if key not in own and key in {item.name for item in fields(other)}:
+                raise RecipeError(f"{path}: '{key}' belongs to {action}, not to {cls.action}")
+    return decode(cls, value, path)
+
+
+def read_toml(path: Path) -> Mapping[str, Any] | None:
+    """A TOML file as a mapping; None if the name does not end in ``.toml``."""
+    if path.suffix != ".toml":
+        return None
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from error

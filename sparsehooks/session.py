@@ -1,0 +1,344 @@
+"""The session: the one engine behind every loop, and the only owner of a run's state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsehooks import swapping
+from sparsehooks.components import ComponentBase, Distiller, Quantizer, Schedule
+from sparsehooks.distillation import Distillation
+from sparsehooks.errors import SessionError
+from sparsehooks.hookspecs import StageStatus
+from sparsehooks.plan import Plan, PlannedStage
+from sparsehooks.plugins import PluginManager
+from sparsehooks.pruning import Masks, Pruner
+from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe
+from sparsehooks.targets import Target
+
+KEY = "sparsehooks"
+"""Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
+
+
+class Session:
+    """A run of a plan on a model.
+
+    A loop calls ``start``; then for each optimizer step ``loss_terms`` (in the forward), ``before_step`` and
+    ``after_step``; ``metrics`` after an evaluation; and ``finish`` or ``abort`` at the end.
+
+    Args:
+        plan: fitted to the model, with ``total_steps``.
+        manager: the plugins to tell.
+    """
+
+    def __init__(self, plan: Plan, manager: PluginManager) -> None:
+        if plan.total_steps is None:
+            raise SessionError("the plan does not say how many optimizer steps the run has; build it with total_steps")
+        self.plan = plan
+        self.manager = manager
+        self.total_steps = plan.total_steps
+        self.step = 0
+        self.view = SessionView(self)
+        self.metadata: dict[str, dict[str, str]] = {}
+        self._objects: dict[int, dict[str, ComponentBase]] = {
+            stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
+        }
+        self._statuses: dict[int, StageStatus] = {}
+        self._swapped: dict[str, tuple[Target, Quantizer]] = {}
+        self._state: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, manager: PluginManager, model: nn.Module, total_steps: int) -> Session:
+        """A session for a recipe and a model.
+
+        Raises:
+            PlanError: all problems together, before anything is touched.
+        """
+        return cls(Plan.build(recipe, manager, model, total_steps), manager)
+
+    # ------------------------------------------------------------------------------------------- the driver surface
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        step: int = 0,
+        *,
+        folder: Path | None = None,
+        opened: bool = False,
+    ) -> None:
+        """Begin, or go on after ``step`` finished optimizer steps.
+
+        Args:
+            model: the unwrapped model, on its device.
+            optimizer: the torch optimizer; a resumed one carries the state of the session.
+            step: 0 for a new run.
+            folder: where to keep what a resumed run needs of its start.
+            opened: whether the model is an artifact that is trained further: its zeros are its first masks.
+
+        Raises:
+            SessionError: if a resumed run lacks its state, or belongs to another recipe.
+        """
+        self._model = model
+        self._optimizer = optimizer
+        self._weights = dict(model.named_parameters())
+        if any(hasattr(weight, "device_mesh") for weight in self._weights.values()):
+            raise SessionError("sharded parameters (FSDP2) are not supported yet; train with DDP or on one device")
+        state = self._saved_state() if step > 0 else None
+        if step > 0 and state is None:
+            raise SessionError(
+                f"the checkpoint of step {step} carries no state of sparsehooks (it has no optimizer.pt, or was made "
+                "without the recipe); resume from one that does, or start a new run from its weights"
+            )
+        self.step = step
+        self.masks = Masks(self._weights, self.plan.recipe.seed)
+        start = None if state is None else self._checked(state)["distillation"]["start"]
+        distillers = {
+            stage.index: (stage, cast(Distiller, self._objects[stage.index]["distill"]))
+            for stage in self.plan.stages
+            if isinstance(stage.stage, DistillStage)
+        }
+        self._distillation = Distillation(distillers, model, self.plan.recipe.seed, folder, start)
+        if state is not None:
+            self.load_state_dict(state)
+        elif opened:
+            for planned in self.plan.stages:
+                if isinstance(planned.stage, PruneStage):
+                    self.masks.from_zeros({target.parameter: target for target in planned.targets})
+        self._on_step = self.manager.step_finished()
+        self.manager.session_started(self.view)
+        self._advance(update=state is None)
+        self._save_state()
+
+    @property
+    def distils(self) -> bool:
+        """Whether this run adds loss terms."""
+        return any(isinstance(stage.stage, DistillStage) for stage in self.plan.stages)
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether the student's forward has to return its hidden states."""
+        return self._distillation.needs_hidden_states
+
+    def loss_terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What the distillers add to the loss of one micro-batch: a scalar, or None if there are none.
+
+        Args:
+            outputs: the student's model output.
+            inputs: the keyword arguments of its forward. With ``num_items_in_batch`` the sum is divided by it, as
+                the Trainer does over accumulated batches and ranks; else by the number of items here.
+        """
+        return self._distillation.terms(outputs, inputs)
+
+    def before_step(self, scale: float = 1.0) -> None:
+        """Call before each optimizer step.
+
+        Args:
+            scale: the factor of a gradient scaler, if one is in use.
+
+        Raises:
+            SessionError: if loss terms were computed but never reached the gradient.
+        """
+        state = self._saved_state()
+        if state is not None and state is not self._state:  # the loop has loaded a checkpoint since the last step
+            self.load_state_dict(state)
+        self._distillation.before_step(scale)
+
+    def after_step(self, *, skipped: bool = False) -> None:
+        """Call after each optimizer step.
+
+        Args:
+            skipped: whether the optimizer left the weights alone (an overflow under fp16).
+        """
+        self.step += 1
+        self._distillation.after_step(skipped=skipped)
+        self._advance(update=True)
+        self.masks.apply()
+        self._save_state()
+        if not skipped:
+            self._on_step(self.view, self.step)
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        """Call after an evaluation."""
+        self.manager.metrics_reported(self.view, MappingProxyType(dict(metrics)))
+
+    def finish(self) -> None:
+        """End the run: write the effective weights into the parameters and undo every swap."""
+        for stage in self.plan.stages:
+            status = self._statuses.get(stage.index)
+            if isinstance(stage.stage, DistillStage):
+                self._change(stage, "finished")
+            elif status != "finished":
+                how = "never began" if status is None else f"did not reach its end (sparsity {self.sparsity:.3f})"
+                warnings.warn(f"{stage.label} {how}: the run stopped at step {self.step}", stacklevel=2)
+                self._change(stage, "skipped")
+        self.masks.apply()
+        self.masks.clear_signs()
+        with torch.no_grad():
+            for name, (target, quantizer) in self._swapped.items():
+                matrix = target.matrix(self._weights[name])
+                effective = quantizer.unpack(quantizer.pack(matrix), matrix.dtype)
+                self._weights[name].copy_(target.restore(effective))
+        self._unswap()
+        self.metadata = self.manager.artifact_metadata(self.view)
+        self.manager.session_finished(self.view, None)
+
+    def abort(self, error: BaseException | None = None) -> None:
+        """End the run early: undo every swap and leave the weights as they are."""
+        self._unswap()
+        self.manager.session_finished(self.view, error)
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as plain values and tensors."""
+        components = {
+            f"{index}.{key}": state
+            for index, objects in self._objects.items()
+            for key, component in objects.items()
+            if (state := component.state_dict())
+        }
+        return {
+            "version": 1,
+            "recipe": self.plan.recipe.digest(),
+            "step": self.step,
+            "statuses": dict(self._statuses),
+            "masks": self.masks.state_dict(),
+            "components": components,
+            "distillation": self._distillation.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            SessionError: if it belongs to another recipe or another version.
+        """
+        state = self._checked(state)
+        self.step = state["step"]
+        self._statuses = dict(state["statuses"])
+        self.masks.load_state_dict(state["masks"])
+        for index, objects in self._objects.items():
+            for key, component in objects.items():
+                if f"{index}.{key}" in state["components"]:
+                    component.load_state_dict(state["components"][f"{index}.{key}"])
+        self._distillation.load_state_dict(state["distillation"])
+
+    def _checked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if state["version"] != 1:
+            raise SessionError(f"the checkpoint has session state of version {state['version']}; upgrade sparsehooks")
+        if state["recipe"] != self.plan.recipe.digest():
+            raise SessionError("the checkpoint was made with another recipe; resume with that one, or start a new run")
+        return state
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        return None if self._optimizer is None else self._optimizer.param_groups[0].get(KEY)
+
+    def _save_state(self) -> None:
+        if self._optimizer is not None:
+            self._state = self.state_dict()
+            self._optimizer.param_groups[0][KEY] = self._state
+
+    # ---------------------------------------------------------------------------------------------------- progress
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among all weights that this run prunes, or 0 if it prunes none."""
+        return self.masks.sparsity
+
+    @property
+    def complete(self) -> bool:
+        """Whether every schedule has ended: only checkpoints from here on are what the recipe asks for."""
+        return all(
+            self.step >= self._schedule(stage).window(self.total_steps)[1]
+            for stage in self.plan.stages
+            if "schedule" in stage.components
+        )
+
+    def _schedule(self, stage: PlannedStage) -> Schedule:
+        return cast(Schedule, self._objects[stage.index]["schedule"])
+
+    def _advance(self, *, update: bool) -> None:
+        """Do what the schedules ask for after ``self.step`` finished steps.
+
+        Args:
+            update: whether masks that are due are chosen now; those of a resumed run were, before it was saved.
+        """
+        for stage in self.plan.stages:
+            if isinstance(stage.stage, DistillStage):
+                if stage.index not in self._statuses:
+                    self._change(stage, "started")
+                continue
+            schedule = self._schedule(stage)
+            first, last = schedule.window(self.total_steps)
+            if self.step < first:
+                continue
+            if stage.index not in self._statuses:
+                self._change(stage, "started")
+            if isinstance(stage.stage, QuantizeStage):
+                self._quantize(stage)
+            elif update and schedule.due(self.step, self.total_steps):
+                pruner = Pruner.of(stage, self._objects[stage.index])
+                changes = self.masks.update(pruner, self.step, schedule.at(self.step, self.total_steps))
+                self.manager.masks_updated(self.view, stage.label, self.step, MappingProxyType(dict(changes)))
+            if self.step >= last and self._statuses[stage.index] == "started":
+                self._change(stage, "finished")
+
+    def _change(self, stage: PlannedStage, status: StageStatus) -> None:
+        self._statuses[stage.index] = status
+        self.manager.stage_changed(self.view, stage.label, status)
+
+    def _quantize(self, stage: PlannedStage) -> None:
+        quantizer = cast(Quantizer, self._objects[stage.index]["quantize"])
+        for target in stage.targets:
+            if target.parameter not in self._swapped:
+                swapping.swap(self._model, target, quantizer)
+                self._swapped[target.parameter] = target, quantizer
+
+    def _unswap(self) -> None:
+        for target, _ in self._swapped.values():
+            swapping.unswap(self._model, target)
+        self._swapped.clear()
+
+
+class SessionView:
+    """What plugins see of a session; read-only."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self._session.plan.recipe
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return self._session.plan
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self._session.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._session.total_steps
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among all weights that this run prunes."""
+        return self._session.sparsity
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """The mask of each pruned parameter: bool, of its shape, True where a weight stays. Do not write to them."""
+        return MappingProxyType(self._session.masks.masks)

@@ -1,0 +1,101 @@
+"""Class swaps: layers that compute with their effective weight while their parameters stay as they are.
+
+Swapping ``module.__class__`` for a subclass made on the fly keeps the parameter objects, the state-dict keys and
+``deepcopy`` intact; parametrizations and buffers would each change the keys, and ``from_pretrained`` would then
+re-initialise the layer without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Conv1D
+
+from sparsehooks.components import Quantizer
+
+if TYPE_CHECKING:
+    from sparsehooks.targets import Target
+
+
+def _linear(module: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(inputs, weight, module.bias)
+
+
+def _embedding(module: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding(
+        inputs, weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
+    )
+
+
+def _conv(module: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    return module._conv_forward(inputs, weight, module.bias)  # type: ignore[no-any-return]
+
+
+def _conv1d(module: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    # transformers' Conv1D: the weight lies as (inputs, outputs)
+    return F.linear(inputs, weight.t(), module.bias)
+
+
+FORWARDS: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    Conv1D: _conv1d,
+}
+"""How each supported layer computes with another weight than its own."""
+
+
+class EffectiveWeight:
+    """The mixin of a swapped layer: fake-quantizes its weight on the way into the layer's own computation."""
+
+    _sparsehooks_quantizer: Quantizer
+    _sparsehooks_target: Target
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The layer's forward with the effective weight."""
+        target = self._sparsehooks_target
+        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        weight = target.restore(self._sparsehooks_quantizer.fake_quantize(target.matrix(weight)))
+        return FORWARDS[_base(type(self))](self, inputs, weight)  # type: ignore[arg-type]
+
+
+def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
+    """The modules among the targets that cannot be swapped, and why, in one sentence each."""
+    problems = []
+    for target in targets:
+        for name in target.modules:
+            cls = type(model.get_submodule(name))
+            base = _base(cls)
+            if base is None:
+                known = ", ".join(known.__name__ for known in FORWARDS)
+                problems.append(f"'{name}' is a {cls.__name__}, only {known} can be quantized; exclude it")
+            elif cls.forward is not base.forward and not issubclass(cls, EffectiveWeight):
+                problems.append(f"'{name}' is a {cls.__name__} with a forward of its own; exclude it")
+    return problems
+
+
+def swap(model: nn.Module, target: Target, quantizer: Quantizer) -> None:
+    """Let the target's modules compute with their fake-quantized weight."""
+    for name in target.modules:
+        module: Any = model.get_submodule(name)
+        cls = type(module)
+        module.__class__ = type(f"FakeQuantized{cls.__name__}", (EffectiveWeight, cls), {})
+        module._sparsehooks_quantizer = quantizer
+        module._sparsehooks_target = target
+
+
+def unswap(model: nn.Module, target: Target) -> None:
+    """Undo ``swap``."""
+    for name in target.modules:
+        module: Any = model.get_submodule(name)
+        if isinstance(module, EffectiveWeight):
+            module.__class__ = type(module).__mro__[2]
+            del module._sparsehooks_quantizer, module._sparsehooks_target
+
+
+def _base(cls: type[nn.Module]) -> type[nn.Module] | None:
+    return next((base for base in cls.__mro__ if base in FORWARDS), None)

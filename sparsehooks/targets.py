@@ -1,0 +1,109 @@
+"""Targets: which modules and weights a stage means."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsehooks.catalog import suggest
+from sparsehooks.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ADAPTERS = re.compile(r"(^|\.)lora_")
+"""Adapter factors stay dense: masking a factor of a product does not make the product sparse."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that a stage acts on.
+
+    Attributes:
+        parameter: its name in the model.
+        modules: the modules that use it (more than one if it is tied).
+        shape: the parameter's shape.
+        transposed: whether it lies as (input, output), as in transformers' Conv1D.
+    """
+
+    parameter: str
+    modules: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as a matrix (outputs, everything else); a view where possible."""
+        return tensor.t() if self.transposed else tensor.flatten(1)
+
+    def restore(self, matrix: Tensor) -> Tensor:
+        """The inverse of ``matrix``; a view where possible."""
+        return matrix.t() if self.transposed else matrix.reshape(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of ``matrix(...)``."""
+        if self.transposed:
+            return self.shape[1], self.shape[0]
+        size = 1
+        for length in self.shape[1:]:
+            size *= length
+        return self.shape[0], size
+
+
+def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> tuple[list[Target], list[str]]:
+    """The weights of the modules that the patterns name.
+
+    A pattern is a class name (``Linear``), a glob over module names (``encoder.*.dense``), or ``re:`` and a regular
+    expression that matches the whole module name.
+
+    Returns:
+        the targets in the order of the model's parameters, and notes on what was left out.
+
+    Raises:
+        RecipeError: a pattern that matches no module, or modules without a weight, in one sentence without a path.
+    """
+    modules = dict(model.named_modules())
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() >= 2:
+            owners.setdefault(id(weight), []).append(name)
+    wanted = _matching(modules, patterns, strict=True) - _matching(modules, exclude, strict=False)
+    wanted = {name for name in wanted if not ADAPTERS.search(name)}
+    targets, notes = [], []
+    for parameter, weight in model.named_parameters():
+        names = owners.get(id(weight), [])
+        chosen = [name for name in names if name in wanted]
+        if chosen and len(chosen) < len(names):
+            rest = sorted(set(names) - set(chosen))
+            notes.append(f"'{parameter}' is left out: it is tied to {', '.join(rest)}, which is not a target")
+        elif chosen:
+            transposed = any(base.__name__ == "Conv1D" for base in type(modules[chosen[0]]).__mro__)
+            targets.append(Target(parameter, tuple(chosen), tuple(weight.shape), transposed))
+    if not targets:
+        tail = f": {notes[0]}" if notes else "; see the names with sparsehooks check RECIPE --model MODEL"
+        raise RecipeError(f"no weight is left after 'exclude'{tail}")
+    return targets, notes
+
+
+def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], *, strict: bool) -> set[str]:
+    classes = {name: {base.__name__ for base in type(module).__mro__} for name, module in modules.items()}
+    found: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                expression = re.compile(pattern[3:])
+            except re.error as error:
+                raise RecipeError(f"target '{pattern}' is not a regular expression: {error}") from error
+            matches = {name for name in modules if expression.fullmatch(name)}
+        else:
+            matches = {name for name in modules if pattern in classes[name] or fnmatch.fnmatchcase(name, pattern)}
+        if strict and not any(modules[name]._parameters.get("weight") is not None for name in matches):
+            known = {type(module).__name__ for module in modules.values() if module._parameters.get("weight") is not None}
+            what = "matches only modules without a weight" if matches else "matches no module"
+            raise RecipeError(f"target '{pattern}' {what}{suggest(pattern, known)}")
+        found |= matches
+    return found

@@ -1,0 +1,117 @@
+"""Teachers: frozen models to learn from, and the start of a run that a resumed run needs again."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparsehooks.errors import SessionError
+
+START = "sparsehooks-start"
+"""The folder, in the output folder of a run, that keeps the model as it was before step 1."""
+
+NOT_FOR_TEACHERS = {"labels", "shift_labels", "num_items_in_batch"}
+
+
+class Teacher:
+    """A frozen model in eval mode that answers the student's batches.
+
+    Args:
+        model: the teacher; it is changed to eval mode and its parameters to ``requires_grad=False``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+        parameters = inspect.signature(model.forward).parameters
+        self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> Any:
+        """The teacher's output for the student's inputs, without their labels."""
+        given = {name: value for name, value in inputs.items() if name in self._accepts - NOT_FOR_TEACHERS}
+        if hidden_states:
+            given["output_hidden_states"] = True
+        return self.model(**given)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model as it is now."""
+    duplicate = copy.deepcopy(model)
+    # Mixed precision binds ``forward`` on the instance; the copy's would still call the original.
+    for attribute in ("forward", "_original_forward"):
+        duplicate.__dict__.pop(attribute, None)
+    return duplicate
+
+
+def open_teacher(name: str, student: nn.Module) -> nn.Module:
+    """The model of a folder or a Hub name, on the student's device.
+
+    Raises:
+        SessionError: if it cannot be loaded.
+    """
+    import transformers
+
+    parameter = next(student.parameters())
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        teacher: nn.Module = architecture.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SessionError(f"the teacher '{name}' cannot be loaded: {error}") from error
+    return teacher.to(parameter.device)
+
+
+def write_start(model: nn.Module, folder: Path) -> str:
+    """Keep the model's weights in ``folder/sparsehooks-start``, and return their fingerprint (sha256)."""
+    path = folder / START / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    unique: dict[int, str] = {}
+    state = model.state_dict()
+    tensors = {name: t.contiguous() for name, t in state.items() if unique.setdefault(_key(t), name) == name}
+    save_file(tensors, temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return file_digest(path)
+
+
+def read_start(model: nn.Module, folder: Path | None, fingerprint: str) -> nn.Module:
+    """The model as it was before step 1, from what ``write_start`` kept.
+
+    Raises:
+        SessionError: if it is missing or another one.
+    """
+    path = None if folder is None else folder / START / "model.safetensors"
+    if path is None or not path.is_file():
+        where = "this loop has no output folder" if path is None else f"'{path}' is missing"
+        raise SessionError(f"the run cannot be resumed: it needs the model as it was at the start, and {where}")
+    if file_digest(path) != fingerprint:
+        raise SessionError(f"the run cannot be resumed: '{path}' is the start of another run; restore the right one")
+    start = frozen_copy(model)
+    missing, _ = start.load_state_dict(load_file(path), strict=False)
+    names = {name for name, tensor in start.state_dict().items() if tensor is not None}
+    tied = {_key(tensor) for name, tensor in start.state_dict().items() if name not in missing}
+    lost = [name for name in missing if name in names and _key(start.state_dict()[name]) not in tied]
+    if lost:
+        raise SessionError(f"the run cannot be resumed: '{path}' lacks '{lost[0]}'")
+    return start
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else id(tensor)
