@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsehooks.components import KINDS, ComponentBase
@@ -64,6 +64,8 @@ class Record:
         missing = sorted(getattr(target, "__abstractmethods__", ()))
         if missing:
             raise PluginError(f"{where}: {target.__name__} does not implement {', '.join(missing)}()")
+        if not (isinstance(target.Config, type) and is_dataclass(target.Config)):
+            raise PluginError(f"{where}: the Config of {target.__name__} is not a dataclass")
         return target
 
 
@@ -78,11 +80,15 @@ class Registry:
         """Offer a component.
 
         Raises:
-            PluginError: if its kind does not exist.
+            PluginError: if its kind does not exist, or its shorthand is no regular expression.
         """
         if component.kind not in KINDS:
             hint = suggest(component.kind, KINDS)
             raise PluginError(f"component '{component.name}': there is no kind '{component.kind}'{hint}")
+        try:
+            re.compile(component.shorthand or "")
+        except re.error as error:
+            raise PluginError(f"component '{component.name}': its shorthand is no regular expression: {error}") from error
         self.records.append(Record(component, self._plugin))
 
 
@@ -114,11 +120,17 @@ class Catalog:
         """
         if (kind, name) in self._records:
             return self._only(kind, name), {}
-        for record in self.records(kind):
-            match = record.component.shorthand and re.fullmatch(record.component.shorthand, name)
-            if match:
-                options = {key: int(value) if value.isdigit() else value for key, value in match.groupdict().items()}
-                return self._only(kind, record.component.name), options
+        matches = {
+            record.component.name: match
+            for record in self.records(kind)
+            if record.component.shorthand and (match := re.fullmatch(record.component.shorthand, name))
+        }
+        if len(matches) > 1:
+            raise PluginError(f"the {kind} '{name}' can mean {' or '.join(matches)}; write {{ use = NAME, ... }}")
+        for full, match in matches.items():
+            given = {key: value for key, value in match.groupdict().items() if value is not None}
+            options = {key: int(value) if value.isdecimal() else value for key, value in given.items()}
+            return self._only(kind, full), options
         known = [key[1] for key in self._records if key[0] == kind]
         broken = "".join(f"; plugin {p.describe()} failed to load: {p.error}" for p in self._manager.broken())
         raise PluginError(f"no plugin offers the {kind} '{name}'{suggest(name, known)}{broken}")

@@ -6,6 +6,7 @@ to the earlier parameter, then to the lower flat index.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ def _cut(tensors: Sequence[Tensor], k: int) -> _Cut:
     that misses is widened to everything.
     """
     total = sum(tensor.numel() for tensor in tensors)
+    # one dtype for all: compared with a value that it cannot hold, a tensor would round it
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    tensors = [tensor.to(dtype) for tensor in tensors]
     low, high = float("-inf"), float("inf")
     if total > 4 * SAMPLE:
         stride = total // SAMPLE
@@ -108,12 +112,13 @@ def _cut(tensors: Sequence[Tensor], k: int) -> _Cut:
 
 
 def _cut_inside(tensors: Sequence[Tensor], k: int, low: float, high: float) -> _Cut | None:
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)  # torch selects in no narrower one on CPUs
     above, inside = [], []
     for tensor in tensors:
         upper = tensor > high
         above.append(int(torch.count_nonzero(upper)))
         middle = (tensor >= low) ^ upper
-        inside.append(tensor[_nonzero(middle)].float())
+        inside.append(tensor[_nonzero(middle)].to(wide))
     wanted = k - sum(above)
     together = torch.cat(inside)
     if not 0 < wanted <= together.numel():

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparsehooks.components import ComponentBase, Pattern, Schedule
+from sparsehooks.components import Allocation, ComponentBase, Pattern, Schedule
 from sparsehooks.decoding import decode
 from sparsehooks.errors import PlanError, PluginError, RecipeError
-from sparsehooks.plugins import PluginManager, require
+from sparsehooks.plugins import PluginManager, attributed, require
 from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Stage, Use
 from sparsehooks.targets import Target, find
 
@@ -94,10 +94,7 @@ class Plan:
         stages = []
         for index, stage in enumerate(recipe.stages):
             planned = _bind(index, stage, manager, problems)
-            if planned is not None and model is not None:
-                planned = _fit(planned, model, problems)
-            if planned is not None:
-                stages.append(planned)
+            stages.append(planned if model is None else _fit(planned, model, problems))
         plan = cls(recipe, tuple(stages), total_steps)
         problems += _overlaps(plan)
         problems += _moments(plan)
@@ -124,8 +121,9 @@ def _collecting(problems: list[str], path: str = "") -> Iterator[None]:
         problems.append(f"{path}: {error}" if path else str(error))
 
 
-def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str]) -> PlannedStage | None:
-    before, components = len(problems), {}
+def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str]) -> PlannedStage:
+    """The stage with the components that can be had; of the others ``problems`` tells."""
+    components = {}
     for key, kind in KEYS[type(stage)].items():
         path = f"recipe.stage[{index}].{key}"
         use = cast(Use, getattr(stage, key))
@@ -133,11 +131,13 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
             record, options = manager.catalog.resolve(kind, use.use)
             component = record.load()
             with _collecting(problems):
+                if twice := options.keys() & use.options:
+                    raise RecipeError(f"{path}: '{use.use}' says '{min(twice)}' already")
                 config = decode(component.Config, {**options, **use.options}, path)
                 components[key] = Bound(record, config, component)
     planned = PlannedStage(index, stage, components)
-    if len(problems) == before and isinstance(stage, PruneStage):
-        fixed = cast(Pattern, components["pattern"].create()).share()
+    if isinstance(stage, PruneStage) and "pattern" in components:
+        fixed = _pattern(planned).share()
         if stage.sparsity is None and fixed == 1.0:
             problems.append(f"{planned.path}: 'sparsity' is missing, such as 0.8")
         elif fixed < 1.0 and stage.sparsity is not None and stage.sparsity != fixed:
@@ -145,10 +145,10 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
                 f"{planned.path}: the pattern '{stage.pattern.use}' fixes the sparsity at {fixed:g}, "
                 f"not {stage.sparsity:g}; leave 'sparsity' out"
             )
-    return planned if len(problems) == before else None
+    return planned
 
 
-def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage | None:
+def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage:
     stage = planned.stage
     if isinstance(stage, DistillStage):
         with _collecting(problems, f"{planned.path}.teacher"):
@@ -158,8 +158,9 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
     notes: list[str] = []
     with _collecting(problems, f"{planned.path}.targets"):
         targets, notes = find(model, stage.targets, stage.exclude)
-    if isinstance(stage, PruneStage):
-        problems += _misfits(planned, stage, targets)
+    if isinstance(stage, PruneStage) and "pattern" in planned.components:
+        misfits = _misfits(planned, stage, targets)
+        problems += misfits or _emptied(planned, stage, targets)
     if isinstance(stage, QuantizeStage):
         from sparsehooks.swapping import unsupported
 
@@ -167,17 +168,40 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
     return PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes))
 
 
+def _pattern(planned: PlannedStage) -> Pattern:
+    return cast(Pattern, planned.components["pattern"].create())
+
+
 def _misfits(planned: PlannedStage, stage: PruneStage, targets: list[Target]) -> list[str]:
-    pattern = cast(Pattern, planned.components["pattern"].create())
+    pattern = _pattern(planned)
     reasons: dict[str, list[str]] = {}
     for target in targets:
-        reason = pattern.check(target.matrix_shape)
+        with attributed(planned.components["pattern"].record):
+            reason = pattern.check(target.matrix_shape)
         if reason is not None:
             reasons.setdefault(reason, []).append(target.parameter)
     return [
         f"{planned.path}.pattern: '{stage.pattern.use}' does not fit {_some(names)}: {reason}; exclude it"
         for reason, names in reasons.items()
     ]
+
+
+def _emptied(planned: PlannedStage, stage: PruneStage, targets: list[Target]) -> list[str]:
+    """The layers of which nothing would be left, where the shapes alone tell; an update sees the others."""
+    pattern = _pattern(planned)
+    if not stage.sparsity or pattern.share() < 1.0 or "allocation" not in planned.components:
+        return []
+    import torch
+
+    allocation = cast(Allocation, planned.components["allocation"].create())
+    shapes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in targets}
+    try:
+        kept = allocation.keep(pattern.units(shapes), stage.sparsity)
+        names = [name for name, count in kept.items() if count == 0]
+    except (RuntimeError, TypeError):  # it reads the scores, and meta tensors have none
+        return []
+    where = f"{planned.path}.sparsity: at {stage.sparsity:g} nothing of"
+    return [f"{where} {_some(names)} would be left; lower it or exclude the layer"] if names else []
 
 
 def _some(names: list[str]) -> str:

@@ -6,10 +6,11 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -110,7 +111,7 @@ class PluginManager:
             module = f"sparsehooks.builtin.{name}"
             self._load(Plugin(name, "builtin", "sparsehooks", _version("sparsehooks")), _importer(module))
         entry_points = sorted(
-            metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.dist.name if entry.dist else "", entry.name)
+            metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: (_distribution(entry)[0] or "", entry.name)
         )
         if autoload and os.environ.get("SPARSEHOOKS_DISABLE_PLUGIN_AUTOLOAD", "") in ("", "0"):
             for entry in entry_points:
@@ -120,8 +121,7 @@ class PluginManager:
                 self._load_named(str(name), source, entry_points)
         for item in plugins:
             if not isinstance(item, (str, Path)):
-                name = getattr(item, "__name__", type(item).__name__)
-                self._load(Plugin(name, "python"), lambda item=item: item)
+                self._load(Plugin(self._free_name(item), "python"), lambda item=item: item)
         known = {plugin.name for plugin in self.plugins}
         for name in sorted(self._blocked - known):
             raise PluginError(f"-p no:{name}: there is no plugin '{name}'{suggest(name, known)}")
@@ -137,72 +137,95 @@ class PluginManager:
         """Call each plugin on its own; one that raises is kept with its error and offers nothing."""
         records: list[Record] = []
         for plugin in self.plugins:
-            for name, function in implementations(plugin.module) if self._usable(plugin) else []:
-                if name != "register_components":
-                    continue
-                registry = Registry(plugin)
-                try:
-                    function(*((registry,) if _arguments(function) else ()))
-                except Exception as error:
-                    plugin.error = _one_line(error)
-                    self._pluggy.unregister(name=plugin.name)
-                    continue
-                records += registry.records
-                plugin.components += [f"{r.component.kind} {r.component.name}" for r in registry.records]
+            if plugin.error or plugin.blocked:
+                continue
+            registry = Registry(plugin)
+            try:
+                for name, function in implementations(plugin.module):
+                    if name == "register_components":
+                        function(*((registry,) if _arguments(function) else ()))
+            except (Exception, SystemExit) as error:
+                plugin.error = _one_line(error)
+                self._pluggy.unregister(name=plugin.name)
+                continue
+            records += registry.records
+            plugin.components = [f"{r.component.kind} {r.component.name}" for r in registry.records]
         return records
 
     def load_recipe(self, path: Path) -> Mapping[str, Any] | None:
         """The mapping of the first plugin that knows the file."""
-        return self._call("load_recipe", path=path)  # type: ignore[no-any-return]
+        answers = (answer for _, answer in self._each("load_recipe", path=path))
+        return next((answer for answer in answers if answer is not None), None)
 
     def check_plan(self, plan: Plan) -> list[str]:
         """The problems of all plugins."""
-        return [problem for problems in self._call("check_plan", plan=plan) for problem in problems]
+        problems: list[str] = []
+        for plugin, answer in self._each("check_plan", plan=plan):
+            with _attributed(plugin, "hook check_plan()"):
+                problems += [answer] if isinstance(answer, str) else answer or ()
+        return problems
 
     def session_started(self, session: SessionView) -> None:
         """Tell every plugin."""
-        self._call("session_started", session=session)
+        self._tell("session_started", session=session)
 
     def stage_changed(self, session: SessionView, stage: str, status: hookspecs.StageStatus) -> None:
         """Tell every plugin."""
-        self._call("stage_changed", session=session, stage=stage, status=status)
+        self._tell("stage_changed", session=session, stage=stage, status=status)
 
     def masks_updated(self, session: SessionView, stage: str, step: int, changes: Mapping[str, MaskChange]) -> None:
         """Tell every plugin."""
-        self._call("masks_updated", session=session, stage=stage, step=step, changes=changes)
+        self._tell("masks_updated", session=session, stage=stage, step=step, changes=changes)
 
     def step_finished(self) -> Callable[[SessionView, int], None]:
         """The call for the path of every step: nothing at all if no plugin listens."""
         if not self._pluggy.hook.step_finished.get_hookimpls():
             return _nothing
-        return lambda session, step: self._call("step_finished", session=session, step=step)
+        return lambda session, step: self._tell("step_finished", session=session, step=step)
 
     def metrics_reported(self, session: SessionView, metrics: Mapping[str, float]) -> None:
         """Tell every plugin."""
-        self._call("metrics_reported", session=session, metrics=metrics)
+        self._tell("metrics_reported", session=session, metrics=metrics)
 
     def artifact_metadata(self, session: SessionView) -> dict[str, dict[str, str]]:
         """What each plugin adds, under its name."""
         added = {}
-        for implementation in self._pluggy.hook.artifact_metadata.get_hookimpls():
-            with self._attributed("artifact_metadata"):
-                given = implementation.function(*((session,) if implementation.argnames else ()))
-            if given:
-                added[implementation.plugin_name] = {str(key): str(value) for key, value in given.items()}
+        for plugin, answer in self._each("artifact_metadata", session=session):
+            with _attributed(plugin, "hook artifact_metadata()"):
+                if answer:
+                    added[plugin.name] = {str(key): str(value) for key, value in answer.items()}
         return added
 
     def session_finished(self, session: SessionView, error: BaseException | None) -> None:
         """Tell every plugin, whatever the others raise; their errors are raised together."""
         errors: list[Exception] = []
-        arguments = {"session": session, "error": error}
-        for implementation in self._pluggy.hook.session_finished.get_hookimpls():
+        for plugin, call in self._calls("session_finished", session=session, error=error):
             try:
-                with self._attributed("session_finished"):
-                    implementation.function(*(arguments[name] for name in implementation.argnames))
+                with _attributed(plugin, "hook session_finished()"):
+                    call()
             except Exception as raised:
                 errors.append(raised)
         if errors:
             raise ExceptionGroup("plugins failed in session_finished()", errors)
+
+    def _calls(self, hook: str, **arguments: Any) -> Iterator[tuple[Plugin, Callable[[], Any]]]:
+        """The plugins that implement a hook, in the order of calls, each with its call."""
+        named = {plugin.name: plugin for plugin in self.plugins}
+        for implementation in reversed(getattr(self._pluggy.hook, hook).get_hookimpls()):
+            names = (*implementation.argnames, *implementation.kwargnames)
+            given = {name: arguments[name] for name in names}
+            yield named[implementation.plugin_name], functools.partial(implementation.function, **given)
+
+    def _each(self, hook: str, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
+        """What each plugin answers, one after the other."""
+        for plugin, call in self._calls(hook, **arguments):
+            with _attributed(plugin, f"hook {hook}()"):
+                answer = call()
+            yield plugin, answer
+
+    def _tell(self, hook: str, **arguments: Any) -> None:
+        for _ in self._each(hook, **arguments):
+            pass
 
     # --------------------------------------------------------------------------------------------------- loading
 
@@ -210,65 +233,60 @@ class PluginManager:
         if name.endswith(".py"):
             path = Path(name)
             self._load(Plugin(path.stem, source), lambda: _import_file(path))
-            return
-        for entry in entry_points:
-            if entry.name == name:
+        elif all(known.name != name for known in self.plugins):
+            entry = next((entry for entry in entry_points if entry.name == name), None)
+            if entry is None:
+                self._load(Plugin(name, source), _importer(name))
+            else:
                 self._load(_from_entry_point(entry, source), entry.load)
-                return
-        self._load(Plugin(name, source), _importer(name))
 
     def _load(self, plugin: Plugin, importer: Callable[[], Any]) -> None:
-        if any(known.name == plugin.name and known.module is not None for known in self.plugins):
-            return  # asked for twice
+        """Import, check and register a plugin, or keep what is wrong with it; one that is there already stays alone."""
+        plugin.blocked = plugin.name in self._blocked
+        if not plugin.blocked:
+            try:
+                plugin.module = importer()
+                if any(known.module is plugin.module for known in self.plugins):
+                    return
+                namesake = next((known for known in self.plugins if known.name == plugin.name), None)
+                if namesake is not None:
+                    raise PluginError(f"its name is taken by plugin {namesake.describe()}")
+                check_implementations(plugin.module)
+                self._pluggy.register(_Implementations(plugin.module), name=plugin.name)
+            except (Exception, SystemExit) as error:
+                plugin.error = _one_line(error)
         self.plugins.append(plugin)
-        if plugin.name in self._blocked:
-            plugin.blocked = True
-            return
-        try:
-            plugin.module = importer()
-            check_implementations(plugin.module)
-            self._pluggy.register(plugin.module, name=plugin.name)
-        except Exception as error:
-            plugin.error = _one_line(error)
 
-    def _usable(self, plugin: Plugin) -> bool:
-        return plugin.error is None and not plugin.blocked
+    def _free_name(self, item: Any) -> str:
+        """The name of an object's module or class, with a number if that is taken."""
+        base = getattr(item, "__name__", type(item).__name__)
+        taken = {plugin.name for plugin in self.plugins}
+        numbered = (f"{base}-{number}" for number in itertools.count(2))
+        return next(name for name in itertools.chain([base], numbered) if name not in taken)
 
-    def _call(self, hook: str, **arguments: Any) -> Any:
-        with self._attributed(hook):
-            return getattr(self._pluggy.hook, hook)(**arguments)
 
-    @contextmanager
-    def _attributed(self, hook: str) -> Iterator[None]:
-        """Add to an error which plugin raised it; its type stays."""
-        try:
-            yield
-        except Exception as error:
-            owners = {
-                getattr(implementation.function, "__func__", implementation.function).__code__: implementation.plugin_name
-                for implementation in getattr(self._pluggy.hook, hook).get_hookimpls()
-            }
-            trace = error.__traceback__
-            while trace is not None:
-                if owner := owners.get(trace.tb_frame.f_code):
-                    plugin = next(plugin for plugin in self.plugins if plugin.name == owner)
-                    error.add_note(f"sparsehooks: raised by plugin {plugin.describe()} in hook {hook}()")
-                    error.add_note(f"             to run without it: -p no:{plugin.name}")
-                    break
-                trace = trace.tb_next
-            raise
+class _Implementations:
+    """The hook implementations of a plugin, for pluggy: it compares what it holds with ``==``, which is the plugin's."""
+
+    def __init__(self, plugin: Any) -> None:
+        for attribute, _ in _marked(plugin):
+            setattr(self, attribute, getattr(plugin, attribute))
 
 
 @contextmanager
-def attributed(record: Record) -> Iterator[None]:
-    """Add to an error raised inside a component which plugin it belongs to; its type stays."""
+def _attributed(plugin: Plugin, where: str) -> Iterator[None]:
+    """Add to an error which plugin raised it; its type stays."""
     try:
         yield
     except Exception as error:
-        component, plugin = record.component, record.plugin
-        error.add_note(f"sparsehooks: raised by plugin {plugin.describe()} in {component.kind} '{component.name}'")
+        error.add_note(f"sparsehooks: raised by plugin {plugin.describe()} in {where}")
         error.add_note(f"             to run without it: -p no:{plugin.name}")
         raise
+
+
+def attributed(record: Record) -> AbstractContextManager[None]:
+    """Add to an error raised inside a component which plugin it belongs to; its type stays."""
+    return _attributed(record.plugin, f"{record.component.kind} '{record.component.name}'")
 
 
 def as_manager(plugins: Sequence[Any] | PluginManager = ()) -> PluginManager:
@@ -284,13 +302,16 @@ def installed_catalog() -> Catalog:
 
 def implementations(plugin: Any) -> list[tuple[str, Callable[..., Any]]]:
     """The hook implementations of a plugin: (hook name, function)."""
-    found = []
+    return [(options.get("specname") or name, getattr(plugin, name)) for name, options in _marked(plugin)]
+
+
+def _marked(plugin: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The attributes that carry the marker, and its options; properties are not run."""
     for attribute in dir(plugin):
-        function = inspect.getattr_static(plugin, attribute)
+        function = inspect.getattr_static(plugin, attribute, None)
         options = getattr(getattr(function, "__func__", function), f"{hookspecs.PROJECT}_impl", None)
         if options is not None:
-            found.append((options.get("specname") or attribute, getattr(plugin, attribute)))
-    return found
+            yield attribute, options
 
 
 def check_implementations(plugin: Any) -> None:
@@ -316,6 +337,7 @@ def check_implementations(plugin: Any) -> None:
     marked = {name for name, _ in implementations(plugin)}
     for name in HOOKS:
         function = inspect.getattr_static(plugin, name, None)
+        function = getattr(function, "__func__", function)
         own = inspect.isfunction(function) and function is not HOOKS[name]
         if own and name not in marked:
             raise PluginError(f"{name}() is named like a hook but not marked with @sparsehooks.hookimpl")
@@ -325,7 +347,7 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -359,8 +381,15 @@ def _import_file(path: Path) -> Any:
 
 
 def _from_entry_point(entry: metadata.EntryPoint, source: Any) -> Plugin:
-    dist = entry.dist
-    return Plugin(entry.name, source, dist.name if dist else None, dist.version if dist else None)
+    return Plugin(entry.name, source, *_distribution(entry))
+
+
+def _distribution(entry: metadata.EntryPoint) -> tuple[str | None, str | None]:
+    """The name and version of an entry point's distribution; None where its metadata is damaged."""
+    try:
+        return (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
+    except Exception:  # a half-removed distribution raises differently in each version of Python
+        return None, None
 
 
 def _version(distribution: str) -> str | None:
@@ -384,6 +413,6 @@ def require(requirements: Iterable[str]) -> list[str]:
         version = _version(wanted.name)
         if version is None:
             problems.append(f"recipe.requires: '{wanted.name}' is not installed; run pip install '{text}'")
-        elif version not in wanted.specifier:
+        elif not wanted.specifier.contains(version, prereleases=True):
             problems.append(f"recipe.requires: '{text}' is needed, {wanted.name} {version} is installed")
     return problems

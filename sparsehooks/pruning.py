@@ -93,7 +93,7 @@ class Masks:
         with attributed(stage.components["allocation"].record):
             counts = pruner.allocation.keep(units, progress * pruner.sparsity / pruner.pattern.share())
         for name, count in counts.items():
-            if count == 0 and units[name].numel():
+            if count == 0 and pruner.pattern.share() == 1.0:  # N:M keeps some of every unit
                 raise SessionError(
                     f"{stage.label}: nothing of '{name}' would be left at step {step}; lower 'sparsity', exclude the "
                     'layer, or use allocation = "uniform"'

@@ -181,6 +181,8 @@ class Recipe:
         Raises:
             RecipeError: the path inside the recipe, what is wrong, and what may be meant.
         """
+        if not isinstance(mapping, Mapping):
+            raise RecipeError(f"recipe: expected a table, got {mapping!r}")
         known = ("stage", "requires", "seed")
         for key in mapping:
             if key not in known:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,14 +44,16 @@ class Target:
         return matrix.t() if self.transposed else matrix.reshape(self.shape)
 
     @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """The shape of ``matrix(...)``."""
         if self.transposed:
             return self.shape[1], self.shape[0]
-        size = 1
-        for length in self.shape[1:]:
-            size *= length
-        return self.shape[0], size
+        return self.shape[0], math.prod(self.shape[1:])
 
 
 def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> tuple[list[Target], list[str]]:
@@ -63,7 +66,7 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
         the targets in the order of the model's parameters, and notes on what was left out.
 
     Raises:
-        RecipeError: a pattern that matches no module, or modules without a weight, in one sentence without a path.
+        RecipeError: a pattern that matches no module, or none with a weight matrix, in one sentence without a path.
     """
     modules = dict(model.named_modules())
     owners: dict[int, list[str]] = {}
@@ -71,7 +74,8 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() >= 2:
             owners.setdefault(id(weight), []).append(name)
-    wanted = _matching(modules, patterns, strict=True) - _matching(modules, exclude, strict=False)
+    weighted = {name for names in owners.values() for name in names}
+    wanted = _matching(modules, patterns, weighted) - _matching(modules, exclude)
     wanted = {name for name in wanted if not ADAPTERS.search(name)}
     targets, notes = [], []
     for parameter, weight in model.named_parameters():
@@ -89,7 +93,10 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
     return targets, notes
 
 
-def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], *, strict: bool) -> set[str]:
+def _matching(
+    modules: Mapping[str, nn.Module], patterns: Iterable[str], weighted: Set[str] | None = None
+) -> set[str]:
+    """The modules that the patterns match; each has to match one of ``weighted``, if that is given."""
     classes = {name: {base.__name__ for base in type(module).__mro__} for name, module in modules.items()}
     found: set[str] = set()
     for pattern in patterns:
@@ -101,9 +108,9 @@ def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], *, stri
             matches = {name for name in modules if expression.fullmatch(name)}
         else:
             matches = {name for name in modules if pattern in classes[name] or fnmatch.fnmatchcase(name, pattern)}
-        if strict and not any(modules[name]._parameters.get("weight") is not None for name in matches):
-            known = {type(module).__name__ for module in modules.values() if module._parameters.get("weight") is not None}
-            what = "matches only modules without a weight" if matches else "matches no module"
+        if weighted is not None and not matches & weighted:
+            known = {type(modules[name]).__name__ for name in weighted}
+            what = "matches only modules without a weight matrix" if matches else "matches no module"
             raise RecipeError(f"target '{pattern}' {what}{suggest(pattern, known)}")
         found |= matches
     return found

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsehooks.errors import SessionError
+from sparsehooks.models import open_model
 
 START = "sparsehooks-start"
 """The folder, in the output folder of a run, that keeps the model as it was before step 1."""
@@ -56,18 +57,10 @@ def open_teacher(name: str, student: nn.Module) -> nn.Module:
     """The model of a folder or a Hub name, on the student's device.
 
     Raises:
-        SessionError: if it cannot be loaded.
+        SparseHooksError: if it cannot be had.
     """
-    import transformers
-
-    parameter = next(student.parameters())
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-        teacher: nn.Module = architecture.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SessionError(f"the teacher '{name}' cannot be loaded: {error}") from error
-    return teacher.to(parameter.device)
+    teacher: nn.Module = open_model(name)[0]
+    return teacher.to(next(student.parameters()).device)
 
 
 def write_start(model: nn.Module, folder: Path) -> str:

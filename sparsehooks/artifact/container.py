@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,13 +42,18 @@ def is_blob(tensor: Tensor) -> bool:
     return bytes(tensor[: len(MAGIC)].tolist()) == MAGIC
 
 
-def read_header(blob: Tensor) -> Header:
+def read_header(blob: Tensor, *, name: str) -> Header:
     """The checked header of a blob; its sections lie within the blob and fill it.
+
+    Args:
+        blob: uint8, one dimension, on the CPU.
+        name: the tensor's name, for errors.
 
     Raises:
         ArtifactError: if it is damaged, hostile or of another version.
     """
-    return parse_header(_view(blob))[0]
+    with _naming(name):
+        return parse_header(_view(blob))[0]
 
 
 def encode(tensor: Tensor, codecs: Mapping[str, Codec]) -> Tensor | None:
@@ -97,10 +103,8 @@ def decode(
     Raises:
         ArtifactError: if the blob is damaged, hostile, of another shape or version, or needs a codec that is missing.
     """
-    try:
+    with _naming(name):
         return _decode(_view(blob), codecs, None if shape is None else tuple(shape), max_bytes)
-    except ArtifactError as error:
-        raise ArtifactError(f"tensor '{name}': {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -188,6 +192,14 @@ def _join(header: Header, parts: Mapping[str, bytes]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"tensor '{name}': {error}") from None
+
+
 def _decode(data: memoryview, codecs: Mapping[str, Codec], shape: tuple[int, ...] | None, max_bytes: int) -> Tensor:
     header, start = parse_header(data)
     if shape is not None and shape != header.shape:
@@ -215,7 +227,7 @@ def _decode(data: memoryview, codecs: Mapping[str, Codec], shape: tuple[int, ...
 def _codec(codecs: Mapping[str, Codec], role: str, name: str) -> Codec:
     codec = codecs.get(name)
     if codec is None or codec.role != role:
-        raise ArtifactError(f"it needs the {role} codec '{name[:40]}'; install the plugin that offers it")
+        raise ArtifactError(f"it needs the {role} codec {name[:40]!r}; install the plugin that offers it")
     return codec
 
 
@@ -242,7 +254,8 @@ def _checked_sections(
 def _view(blob: Tensor) -> memoryview:
     if blob.dtype != torch.uint8 or blob.dim() != 1:
         raise ArtifactError("this is not an encoded tensor")
-    return memoryview(blob.contiguous().numpy()).toreadonly()
+    data: np.ndarray = blob.contiguous().numpy()
+    return data.data.toreadonly()
 
 
 def _of_role(role: str, codecs: Mapping[str, Codec]) -> Iterator[tuple[str, Codec]]:
@@ -250,13 +263,15 @@ def _of_role(role: str, codecs: Mapping[str, Codec]) -> Iterator[tuple[str, Code
 
 
 def _layout(bits: np.ndarray, dtype: str, kept: np.ndarray | None) -> Layout:
-    return Layout(dtype, *bits.shape, bits.size if kept is None else int(np.count_nonzero(kept)))
+    rows, columns = bits.shape
+    return Layout(dtype, rows, columns, bits.size if kept is None else int(np.count_nonzero(kept)))
 
 
 def _row_counts(shape: tuple[int, ...], kept: np.ndarray | None) -> np.ndarray:
     if kept is None:
         return np.broadcast_to(np.int64(shape[1]), shape[0])
-    return kept.view(np.uint8).sum(axis=1, dtype=np.int64)
+    counts: np.ndarray = kept.view(np.uint8).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def _nonzero(bits: np.ndarray) -> np.ndarray:

@@ -1,13 +1,12 @@
-"""The saved model as a folder: open it strictly, look into it, verify it, undo it."""
+"""What is done with a saved model folder: look into it, verify it, undo it, write it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,16 +15,8 @@ from torch import Tensor
 from sparsehooks.artifact.atomic import atomic_folder
 from sparsehooks.artifact.container import decode, is_blob, read_header
 from sparsehooks.artifact.inspection import Inspection, TensorRow
-from sparsehooks.artifact.shards import (
-    CHECKSUMS,
-    MAX_HEADER,
-    Entry,
-    Shard,
-    checksum,
-    checksums,
-    parse_json,
-    write_shard,
-)
+from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, stored_blob
+from sparsehooks.artifact.shards import Entry, Shard, checksum, checksums, write_shard
 from sparsehooks.components import Codec
 from sparsehooks.errors import ArtifactError
 
@@ -45,72 +36,11 @@ __all__ = [
     "verify",
 ]
 
-METHOD = "sparsehooks"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 _MAX_EXPANSION = 256
 """A larger factor between a tensor and its blob is refused beyond the 2 GiB that ``decode`` allows anyway."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """An opened artifact: the checked headers of its files; tensors are read one at a time.
-
-    Attributes:
-        path: the folder.
-        config: config.json, or empty if there is none (a plain ``nn.Module``).
-        index: the index of the shards, or empty if there is one file only.
-        shards: the weight files.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    index: Mapping[str, Any]
-    shards: tuple[Shard, ...]
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Folder:
-        """Open a folder that sparsehooks saved.
-
-        Raises:
-            ArtifactError: if it is missing, damaged, hostile, or not such a folder.
-        """
-        root = Path(path)
-        if not root.is_dir():
-            raise ArtifactError(f"there is no folder '{path}'")
-        config = _read_json(root, CONFIG) if (root / CONFIG).exists() else {}
-        index = _read_json(root, INDEX) if (root / INDEX).exists() else {}
-        if index and (root / WEIGHTS).exists():
-            raise ArtifactError(f"'{path}' holds both {WEIGHTS} and {INDEX}; remove the one that is not the model")
-        if not index and not (root / WEIGHTS).exists():
-            raise ArtifactError(f"'{path}' holds no model: there is neither {WEIGHTS} nor {INDEX}")
-        shards = _indexed_shards(root, index) if index else (Shard.open(_own(root, WEIGHTS)),)
-        folder = cls(root, config, index, shards)
-        if not folder._is_marked():
-            raise ArtifactError(f"'{path}' was not saved by sparsehooks; compress it first")
-        return folder
-
-    def entries(self) -> Iterator[tuple[Shard, Entry]]:
-        """Every tensor and the file that holds it; ``shard.read(entry)`` gives it as stored, a blob or plain."""
-        return ((shard, entry) for shard in self.shards for entry in shard.entries)
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of all tensors as stored."""
-        return sum(entry.length for _, entry in self.entries())
-
-    def _is_marked(self) -> bool:
-        marks = self.config.get("quantization_config")
-        return (
-            (isinstance(marks, dict) and marks.get("quant_method") == METHOD)
-            or any(CHECKSUMS in shard.metadata for shard in self.shards)
-            or any(_may_be_blob(entry) and is_blob(shard.read(entry)) for shard, entry in self.entries())
-        )
 
 
 def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> AbstractContextManager[Path]:
@@ -136,7 +66,7 @@ def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> Abstract
 def load_codecs(catalog: Catalog) -> dict[str, Codec]:
     """Every codec of a catalog, by name."""
     names = [record.component.name for record in catalog.records("codec")]
-    return {name: cast(Codec, catalog.create("codec", name)) for name in names}
+    return {name: cast("Codec", catalog.create("codec", name)) for name in names}
 
 
 def installed_codecs() -> dict[str, Codec]:
@@ -208,7 +138,7 @@ def decompress(
     source = Folder.open(folder)
     codecs = installed_codecs() if codecs is None else codecs
     written = {shard.path.name for shard in source.shards} | {CONFIG, INDEX}
-    others = [path for path in _files(source.path) if str(path.relative_to(source.path)) not in written]
+    others = [path for path in source.files() if str(path.relative_to(source.path)) not in written]
     report = _Reporter(source.bytes, progress)
     with new_folder(out, replace=False) as temporary:
         dense_bytes = sum(_write_dense(shard, temporary, codecs, report) for shard in source.shards)
@@ -217,67 +147,13 @@ def decompress(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         if source.index:
-            metadata = dict(source.index.get("metadata") or {}, total_size=dense_bytes)
-            _write_json(temporary / INDEX, dict(source.index, metadata=metadata))
+            metadata = source.index.get("metadata")
+            known = metadata if isinstance(metadata, dict) else {}
+            _write_json(temporary / INDEX, {**source.index, "metadata": {**known, "total_size": dense_bytes}})
         if source.config:
             config = {key: value for key, value in source.config.items() if key != "quantization_config"}
             _write_json(temporary / CONFIG, config)
     return Path(out)
-
-
-# ------------------------------------------------------------------------------------------------------ reading
-
-
-def _indexed_shards(root: Path, index: Mapping[str, Any]) -> tuple[Shard, ...]:
-    """The files that an index names, which hold exactly the tensors that it lists for them."""
-    where = f"'{root / INDEX}'"
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ArtifactError(f"{where} has no weight_map")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise ArtifactError(f"{where} names {str(file)[:80]!r}, which is not a .safetensors file of this folder")
-    shards = tuple(Shard.open(_own(root, file)) for file in sorted(set(weight_map.values())))
-    found = [(entry.name, shard.path.name) for shard in shards for entry in shard.entries]
-    wrong = set(found) ^ set(weight_map.items())
-    if wrong:
-        name, file = min(wrong)
-        raise ArtifactError(f"{where} and '{file}' disagree on tensor '{name}'; get all files of the model again")
-    return shards
-
-
-def _own(root: Path, name: str) -> Path:
-    """A file of the folder; a link may lead out of it only within a Hugging Face cache."""
-    path = root / name
-    target, home = path.resolve(), root.resolve()
-    caches = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
-    if not path.is_file():
-        raise ArtifactError(f"'{path}' is missing or not a file")
-    if not target.is_relative_to(home) and target.parent not in caches:
-        raise ArtifactError(f"'{path}' leads out of its folder to '{target}'; copy the file into the folder")
-    return path
-
-
-def _files(root: Path) -> list[Path]:
-    """Every file of the folder and of the folders in it."""
-    return [_own(root, str(path.relative_to(root))) for path in sorted(root.rglob("*")) if not path.is_dir()]
-
-
-def _read_json(root: Path, name: str) -> dict[str, Any]:
-    path = _own(root, name)
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_HEADER + 1)
-    except OSError as error:
-        raise ArtifactError(f"cannot read '{path}': {error.strerror}") from error
-    fields = parse_json(text, path) if len(text) <= MAX_HEADER else None
-    if not isinstance(fields, dict) or not fields:
-        raise ArtifactError(f"'{path}' is damaged: it is not a JSON object of reasonable size")
-    return fields
-
-
-def _may_be_blob(entry: Entry) -> bool:
-    return entry.dtype == "U8" and len(entry.shape) == 1
 
 
 def _decoded(stored: Tensor, name: str, codecs: Mapping[str, Codec]) -> Tensor:
@@ -311,7 +187,7 @@ def _row(shard: Shard, entry: Entry, stored: Tensor, codecs: Mapping[str, Codec]
     dtype, positions, values, dense = entry.dtype, None, None, stored
     if is_blob(stored):
         dense = _decoded(stored, entry.name, codecs)
-        header = read_header(stored)
+        header = read_header(stored, name=entry.name)
         dtype, positions, values = header.dtype, header.positions, header.values
     return TensorRow(
         name=entry.name,
@@ -338,9 +214,6 @@ class _Reporter:
             self._progress(self._done, self._total)
 
 
-# ------------------------------------------------------------------------------------------------------ writing
-
-
 def _write_dense(shard: Shard, target: Path, codecs: Mapping[str, Codec], report: _Reporter) -> int:
     """Write one file with every tensor decoded; returns the bytes of its tensors."""
     entries = {entry.name: entry for entry in shard.entries}
@@ -362,10 +235,10 @@ def _write_dense(shard: Shard, target: Path, codecs: Mapping[str, Codec], report
 
 def _dense_form(shard: Shard, entry: Entry) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a tensor once decoded."""
-    stored = shard.read(entry) if _may_be_blob(entry) else None
-    if stored is None or not is_blob(stored):
+    blob = stored_blob(shard, entry)
+    if blob is None:
         return entry.dtype, entry.shape
-    header = read_header(stored)
+    header = read_header(blob, name=entry.name)
     return header.dtype, header.shape
 
 

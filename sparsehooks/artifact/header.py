@@ -1,4 +1,4 @@
-"""What a blob says about itself: the header, its one canonical text, and the checks of what anybody may have written."""
+"""What a blob says about itself: the header, its one canonical text, and the checks of text that anybody may write."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def parse_header(data: memoryview) -> tuple[Header, int]:
     end = 0
     for section in header.sections:
         if section.offset != end:
-            raise ArtifactError(f"section '{section.name}' is not where it should be")
+            raise ArtifactError(f"section {section.name[:40]!r} is not where it should be")
         end += section.length + padding(section.length)
     if start + end != len(data):
         raise ArtifactError(f"it has {len(data)} bytes instead of {start + end}")
@@ -142,7 +142,7 @@ def _header(fields: Any) -> Header:
         case _:
             raise ArtifactError("its header has missing, unknown or wrong fields")
     if dtype not in DTYPES:
-        raise ArtifactError(f"dtype '{dtype[:20]}' is not one of {', '.join(DTYPES)}")
+        raise ArtifactError(f"dtype {dtype[:20]!r} is not one of {', '.join(DTYPES)}")
     if not 2 <= len(shape) <= MAX_DIMS or not all(_is_count(size) and size > 0 for size in shape):
         raise ArtifactError("its shape is not that of an encoded tensor")
     if math.prod(shape) > _MAX_ELEMENTS or not _is_count(count) or count > math.prod(shape):
@@ -151,7 +151,7 @@ def _header(fields: Any) -> Header:
         if not isinstance(section, list) or len(section) != 4 or not isinstance(section[0], str):
             raise ArtifactError("its header has a malformed section")
         if not all(_is_count(number) for number in section[1:]):
-            raise ArtifactError(f"section '{section[0][:40]}' has an impossible offset, length or checksum")
+            raise ArtifactError(f"section {section[0][:40]!r} has an impossible offset, length or checksum")
     return Header(dtype, tuple(shape), positions, values, count, tuple(Section(*section) for section in sections))
 
 

@@ -62,44 +62,50 @@ class Inspection:
     """What an artifact holds.
 
     Attributes:
-        rows: its tensors, in the order of the files.
+        tensors: one row a tensor, in the order of the files.
     """
 
-    rows: tuple[TensorRow, ...]
+    tensors: tuple[TensorRow, ...]
 
     @property
     def parameters(self) -> int:
         """The number of elements of all tensors."""
-        return sum(row.parameters for row in self.rows)
+        return sum(row.parameters for row in self.tensors)
 
     @property
     def zeros(self) -> int:
         """How many of them are exactly zero."""
-        return sum(row.zeros for row in self.rows)
+        return sum(row.zeros for row in self.tensors)
 
     @property
     def bytes(self) -> int:
         """The size of all tensors in the files."""
-        return sum(row.bytes for row in self.rows)
+        return sum(row.bytes for row in self.tensors)
 
     @property
     def dense_bytes(self) -> int:
         """The size of all tensors once decoded."""
-        return sum(row.dense_bytes for row in self.rows)
+        return sum(row.dense_bytes for row in self.tensors)
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the files are than the dense model."""
-        return self.dense_bytes / max(1, self.bytes)
+        """The size in the files as a share of the size once decoded."""
+        return self.bytes / max(1, self.dense_bytes)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of exact zeros."""
+        return self.zeros / max(1, self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "tensors": [row.to_dict() for row in self.rows],
+            "tensors": [row.to_dict() for row in self.tensors],
             "totals": {
-                "tensors": len(self.rows),
+                "tensors": len(self.tensors),
                 "parameters": self.parameters,
                 "zeros": self.zeros,
+                "sparsity": self.sparsity,
                 "bytes": self.bytes,
                 "dense_bytes": self.dense_bytes,
                 "ratio": self.ratio,

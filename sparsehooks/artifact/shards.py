@@ -111,13 +111,19 @@ class Shard:
         Raises:
             ArtifactError: if the file cannot be read or has shrunk.
         """
+        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        data = _bytes(tensor)
         try:
-            data = np.fromfile(self.path, np.uint8, entry.length, offset=entry.offset)
+            with self.path.open("rb") as file:
+                file.seek(entry.offset)
+                found = file.readinto(data)
         except OSError as error:
             raise ArtifactError(f"cannot read '{self.path}': {error.strerror}") from error
-        if data.size != entry.length:
+        if found != entry.length:
             raise ArtifactError(f"'{self.path}' became shorter while it was read")
-        return torch.from_numpy(data).view(_DTYPES[entry.dtype]).view(entry.shape)
+        if tensor.dtype == torch.bool and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+            raise ArtifactError(f"'{self.path}': tensor '{entry.name}' has bytes that are neither true nor false")
+        return tensor
 
     def checksums(self) -> dict[str, int]:
         """The CRC-32 of tensors by name, as the writer left it.
@@ -204,7 +210,9 @@ def parse_json(text: bytes, path: Path) -> Any:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """The bytes in row-major order: those of the tensor itself if it is contiguous and on the CPU."""
+    data: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data.data
 
 
 def _entries(header: Mapping[str, Any], path: Path, start: int, size: int) -> tuple[Entry, ...]:
@@ -229,14 +237,14 @@ def _entry(name: str, fields: Any, path: Path, start: int) -> Entry:
     if not name.isprintable() or not name or ".." in name:
         raise ArtifactError(f"'{path}': {name[:80]!r} cannot be the name of a tensor")
     match fields:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if len(fields) == 3:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [first, last]} if len(fields) == 3:
             pass
         case _:
             raise ArtifactError(f"'{path}': the header of tensor '{name}' is malformed")
     if dtype not in _DTYPES:
-        raise ArtifactError(f"'{path}': tensor '{name}' has dtype '{dtype[:20]}', which sparsehooks does not read")
-    if len(shape) > _MAX_DIMS or not all(type(dim) is int and 0 <= dim < 1 << 44 for dim in shape):
-        raise ArtifactError(f"'{path}': tensor '{name}' has an impossible shape")
-    if not 0 <= first <= last or last - first != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ArtifactError(f"'{path}': tensor '{name}' has dtype {dtype[:20]!r}, which sparsehooks does not read")
+    if len(shape) > _MAX_DIMS or not all(type(size) is int and 0 <= size < 1 << 44 for size in (*shape, first, last)):
+        raise ArtifactError(f"'{path}': tensor '{name}' has an impossible shape or offset")
+    if last - first != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ArtifactError(f"'{path}': tensor '{name}' has another size than its shape says")
     return Entry(name, dtype, tuple(shape), start + first, last - first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-import transformers
+from transformers import PreTrainedModel
 
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.artifact.write import save_pretrained
-from sparsehooks.errors import PlanError, SparseHooksError
+from sparsehooks.errors import PlanError
+from sparsehooks.models import copy_companions, open_model
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Use
 from sparsehooks.session import Session
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
-
 
 def compress(
     model_or_path: nn.Module | str | Path,
@@ -89,32 +85,3 @@ def at_once(recipe: Recipe) -> Recipe:
         for stage in recipe.stages
     )
     return replace(recipe, stages=stages)
-
-
-def open_model(name: str | Path) -> tuple[PreTrainedModel, Path]:
-    """The model of a folder or a Hub name, in the class that its config names, and the folder of its files.
-
-    Raises:
-        SparseHooksError: if there is no such model.
-    """
-    folder = Path(name)
-    try:
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"]))
-        config = AutoConfig.from_pretrained(folder)
-        architecture = getattr(transformers, (config.architectures or [""])[0], AutoModel)
-        return architecture.from_pretrained(folder), folder
-    except (OSError, ValueError, RuntimeError) as error:
-        what = str(error).strip().splitlines()[0]
-        raise SparseHooksError(f"'{name}' is neither a model folder nor a model on the Hub that can be had: {what}") from error
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Take along what lies beside the weights (tokenizer, pooling, model card) and is not there yet."""
-    for path in sorted(source.rglob("*")):
-        target = out / path.relative_to(source)
-        if path.is_file() and not path.name.endswith(WEIGHTS) and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ class Options:
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"'temperature' = {self.temperature} is not positive")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"'temperature' = {self.temperature} is not a positive number")
 
 
 class KL(Distiller):

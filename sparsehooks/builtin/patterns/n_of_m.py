@@ -51,7 +51,11 @@ class NOfM(Pattern):
     def units(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What a group loses: the sum of its M - N smallest scores; shape (rows, columns / M)."""
         lost = self.config.m - self.config.n
-        return {name: self._sorted(score).values[..., :lost].sum(dim=-1) for name, score in scores.items()}
+        units = {}
+        for name, score in scores.items():
+            wide = torch.promote_types(score.dtype, torch.float32)  # bfloat16 would make many sums equal
+            units[name] = self._sorted(score).values[..., :lost].sum(dim=-1, dtype=wide)
+        return units
 
     def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """All of a group that stays whole, the N largest of the others; of equal scores the first ones."""

@@ -33,7 +33,8 @@ class Tiles(Pattern):
             height, width = self.tile(score.shape)
             tiles = score.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
             here = tiles != float("-inf")  # what went in an earlier run scores minus infinity
-            total = torch.where(here, tiles, 0).sum(dim=(2, 3))
+            # bfloat16 would make most means equal
+            total = torch.where(here, tiles, 0).to(torch.promote_types(score.dtype, torch.float32)).sum(dim=(2, 3))
             count = here.sum(dim=(2, 3))
             units[name] = torch.where(count > 0, total / count, float("-inf"))
         return units

@@ -1,0 +1,5 @@
+"""``python -m sparsehooks``."""
+
+from sparsehooks.cli import main
+
+main()

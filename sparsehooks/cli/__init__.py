@@ -1,0 +1,34 @@
+"""The command line: one file a command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sparsehooks.cli import check, components, compress, decompress, demo, hooks, inspect, plugins, verify
+from sparsehooks.errors import PlanError, SparseHooksError
+
+app = typer.Typer(
+    name="sparsehooks",
+    help="Make models smaller and faster while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for module in (demo, compress, inspect, verify, decompress, check, plugins, hooks, components):
+    app.command(module.__name__.rpartition(".")[2])(module.run)
+
+
+def main() -> None:
+    """The console script: errors of ours are one sentence each on standard error, and exit status 2."""
+    try:
+        app()
+    except SparseHooksError as error:
+        problems = error.problems if isinstance(error, PlanError) else (str(error),)
+        for problem in problems:
+            typer.echo(f"error: {problem}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            typer.echo(note, err=True)
+        sys.exit(2)

@@ -1,0 +1,41 @@
+"""``sparsehooks compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsehooks.cli.options import Json, NoAutoload, PluginNames, human_bytes, load_plugins, print_json
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
+    recipe: Annotated[Path, typer.Option(help="The recipe; schedules do not apply, every stage acts at once.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder, or an earlier artifact to replace.")],
+    plugin: PluginNames = [],  # noqa: B006
+    no_autoload: NoAutoload = False,
+    json: Json = False,
+) -> None:
+    """Compress a model without training and save it; AutoModel.from_pretrained opens the result."""
+    from rich.console import Console
+
+    from sparsehooks.recipe import Recipe
+
+    manager = load_plugins(plugin, no_autoload=no_autoload)
+    loaded = Recipe.load(recipe, manager)
+    with Console(stderr=True).status(f"compressing {model}"):
+        from sparsehooks.artifact.folder import inspect
+        from sparsehooks.loops.posttrain import compress
+
+        compress(model, loaded, out, plugins=manager)
+        found = inspect(out)
+    if json:
+        print_json({"out": str(out), "bytes": found.bytes, "dense_bytes": found.dense_bytes, "sparsity": found.sparsity})
+        return
+    share = found.bytes / found.dense_bytes
+    typer.echo(
+        f"{out}: {human_bytes(found.bytes)} of {human_bytes(found.dense_bytes)} ({share:.1%}), "
+        f"{found.sparsity:.1%} zeros; look inside with: sparsehooks inspect {out}"
+    )

@@ -1,0 +1,22 @@
+"""``sparsehooks decompress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsehooks.cli.options import progress_bar
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks saved.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+) -> None:
+    """Write a saved model as an ordinary dense one, for programs that do not know sparsehooks."""
+    from sparsehooks.artifact.folder import decompress
+
+    with progress_bar("decompressing") as progress:
+        decompress(folder, out, progress=progress)
+    typer.echo(f"{out}: dense, opens without sparsehooks")

@@ -1,0 +1,68 @@
+"""Models by name: folders and Hub names, with or without their weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from sparsehooks.errors import SparseHooksError
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
+"""How the names of weight files end."""
+
+
+def open_model(name: str | Path) -> tuple[PreTrainedModel, Path]:
+    """The model of a folder or a Hub name, in the class that its config names, and the folder of its files.
+
+    Raises:
+        SparseHooksError: if there is no such model.
+    """
+    with _naming(name):
+        folder = Path(name)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"]))
+        return architecture_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder), folder
+
+
+def open_skeleton(name: str | Path) -> PreTrainedModel:
+    """The same model without its weights: all parameters on the meta device.
+
+    Raises:
+        SparseHooksError: if there is no such model.
+    """
+    with _naming(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name)
+        return architecture_of(config)._from_config(config)
+
+
+def architecture_of(config: Any) -> Any:
+    """The class that a config names, or ``AutoModel``."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return named or transformers.MODEL_MAPPING[type(config)]
+
+
+@contextmanager
+def _naming(name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise SparseHooksError(f"'{name}' cannot be opened as a model folder or a model on the Hub: {what}") from error
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Take along what lies beside the weights (tokenizer, pooling, model card) and is not there yet."""
+    for path in sorted(source.rglob("*")):
+        target = out / path.relative_to(source)
+        if path.is_file() and not path.name.endswith(WEIGHTS) and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)

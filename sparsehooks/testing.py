@@ -1,0 +1,401 @@
+"""Conformance: does a component keep the contract of its kind?
+
+For the tests of a plugin: ``check_component(PluginManager([my_plugin]).catalog, "criterion", "mine")``. Each check is
+one small concrete case on the CPU, and an ``AssertionError`` says what the contract asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from sparsehooks.components import (
+    KINDS,
+    Allocation,
+    Backend,
+    Batch,
+    Codec,
+    ComponentBase,
+    Criterion,
+    Distiller,
+    Layout,
+    Pattern,
+    Quantizer,
+    Schedule,
+    Support,
+    WeightView,
+)
+from sparsehooks.decoding import decode
+from sparsehooks.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from sparsehooks.catalog import Catalog
+
+
+def check_component(catalog: Catalog, kind: str, name: str) -> None:
+    """Check that a component keeps the contract of its kind, with its default options.
+
+    Args:
+        catalog: of the plugin manager that knows the component.
+        kind: such as ``"criterion"``.
+        name: as a recipe would write it; a shorthand such as ``"2:4"`` carries its options.
+
+    Raises:
+        PluginError: if there is no such component, or it cannot be loaded.
+        AssertionError: the first point of the contract that it does not keep.
+    """
+    record, options = catalog.resolve(kind, name)
+    cls = record.load()
+    config = decode(cls.Config, options, f"{kind} '{name}'")
+    assert config == decode(cls.Config, options, ""), "two configs with the same options must be equal"
+    assert cls.Config.__dataclass_params__.frozen, "Config must be a frozen dataclass"  # type: ignore[attr-defined]
+    component = cls(config)
+    assert component.config == config, "__init__() must keep its config"
+    _CHECKS[kind](component)
+    state = component.state_dict()
+    assert all(_is_tensor(value) for value in state.values()), "state_dict() must hold tensors only"
+    fresh = cls(config)
+    fresh.load_state_dict(state)
+    assert _equal(fresh.state_dict(), state), "load_state_dict() must take back what state_dict() gave"
+
+
+# ---------------------------------------------------------------------------------------------------- pruning
+
+
+def _check_criterion(component: ComponentBase) -> None:
+    import torch
+
+    criterion = cast(Criterion, component)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = _normal(6, 8, dtype=dtype)
+        view, before = WeightView("layer.weight", weight, 3), weight.clone()
+        score = criterion.score(view)
+        assert score.shape == weight.shape, f"score() must have the weight's shape {tuple(weight.shape)}"
+        assert score.is_floating_point(), f"score() must be floating point, got {score.dtype}"
+        assert bool(score.isfinite().all()), "score() of finite weights must be finite"
+        assert _same(weight, before), "score() must leave the weight as it is"
+        again = criterion.score(WeightView("layer.weight", before, 3))
+        assert _same(score, again), "score() must be the same for the same view: draw from view.generator()"
+
+
+def _check_pattern(component: ComponentBase) -> None:
+    import torch
+
+    pattern = cast(Pattern, component)
+    share = pattern.share()
+    assert 0 < share <= 1, f"share() must lie in (0, 1], got {share}"
+    shapes = [(12, 24), (8, 16), (48, 96), (64, 64), (7, 13)]
+    reasons = {shape: pattern.check(shape) for shape in shapes}
+    assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values()), (
+        "check() must return None or the reason in words"
+    )
+    fitting = [shape for shape, reason in reasons.items() if reason is None]
+    assert fitting, f"check() must accept one of the shapes {shapes}"
+    scores = {f"layer{index}.weight": _normal(*shape, seed=index).abs() for index, shape in enumerate(fitting)}
+    before = {name: score.clone() for name, score in scores.items()}
+    units = pattern.units(scores)
+    assert units.keys() == scores.keys(), "units() must answer for every matrix"
+    for name, unit in units.items():
+        assert unit.is_floating_point(), f"units() must be floating point, got {unit.dtype}"
+        assert 0 < unit.numel() <= scores[name].numel(), "a matrix has at least one unit and no more than weights"
+    whole = pattern.expand({name: torch.ones_like(unit, dtype=torch.bool) for name, unit in units.items()}, scores)
+    empty = pattern.expand({name: torch.zeros_like(unit, dtype=torch.bool) for name, unit in units.items()}, scores)
+    half = {name: torch.arange(unit.numel()).reshape(unit.shape) % 2 == 0 for name, unit in units.items()}
+    some = pattern.expand(half, scores)
+    for name, score in scores.items():
+        for mask in (whole[name], empty[name], some[name]):
+            assert mask.shape == score.shape, "expand() must give masks of the shape of the scores"
+            assert mask.dtype == torch.bool, f"expand() must give bool masks, got {mask.dtype}"
+        assert bool(whole[name].all()), "where all units stay, all weights stay"
+        gone = int((~empty[name]).sum())
+        assert gone == round(share * score.numel()), f"where all units go, share() = {share} of the weights goes"
+        assert bool((empty[name] <= some[name]).all()), "a unit more that stays must not take weights away"
+        pruned = score.masked_fill(~some[name], float("-inf"))
+        again = pattern.units({name: pruned})[name]
+        assert not bool(again.isnan().any()), "units() must not make NaN of scores of minus infinity (pruned weights)"
+    assert _equal(scores, before), "units() and expand() must leave the scores as they are"
+
+
+def _check_allocation(component: ComponentBase) -> None:
+    allocation = cast(Allocation, component)
+    units = {"a": _normal(6, 8).abs(), "b": _normal(40, seed=1).abs(), "c": _normal(3, 4, 5, seed=2).abs()}
+    before = {name: unit.clone() for name, unit in units.items()}
+    total = sum(unit.numel() for unit in units.values())
+    for sparsity in (0.0, 0.3, 0.5, 0.9):
+        counts = allocation.keep(units, sparsity)
+        assert counts.keys() == units.keys(), "keep() must answer for every matrix"
+        for name, count in counts.items():
+            assert type(count) is int, f"keep() must give whole numbers, got {count!r}"
+            assert 0 <= count <= units[name].numel(), f"keep() gives {count} of {units[name].numel()} units"
+        missed = abs(sum(counts.values()) - (1 - sparsity) * total)
+        assert missed <= len(units), f"keep() misses the budget at sparsity {sparsity} by {missed:g} units"
+        if sparsity == 0:
+            assert sum(counts.values()) == total, "at sparsity 0 everything stays"
+    assert _equal(units, before), "keep() must leave the scores as they are"
+
+
+def _check_schedule(component: ComponentBase) -> None:
+    schedule = cast(Schedule, component)
+    for index in range(101):
+        value = schedule.sparsity(index / 100)
+        assert 0 <= value <= 1, f"sparsity({index / 100}) = {value} is outside [0, 1]"
+    assert schedule.sparsity(1.0) == 1, f"sparsity(1.0) must be exactly 1, got {schedule.sparsity(1.0)}"
+    for total in (1, 7, 100):
+        last = schedule.window(total)[1]
+        assert schedule.due(last, total), f"the masks must change at the window's last step {last}"
+        assert schedule.at(last, total) == 1, "the target must hold exactly at the window's last step"
+
+
+# ----------------------------------------------------------------------------------------------- quantization
+
+
+def _check_quantizer(component: ComponentBase) -> None:
+    import torch
+
+    quantizer = cast(Quantizer, component)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = _normal(6, 16, dtype=dtype)
+        weight[0], weight[1, ::2] = 0, 0
+        before = weight.clone()
+        quantized = quantizer.fake_quantize(weight)
+        assert quantized.shape == weight.shape, "fake_quantize() must keep the shape"
+        assert quantized.dtype == dtype, f"fake_quantize() must keep the dtype {dtype}, got {quantized.dtype}"
+        assert bool(quantized.isfinite().all()), "fake_quantize() of finite weights must be finite"
+        assert bool((quantized[weight == 0] == 0).all()), "zero must stay zero"
+        assert _same(quantizer.fake_quantize(quantized), quantized), "quantizing twice must change nothing"
+        parts = quantizer.pack(weight)
+        assert all(_is_tensor(part) for part in parts.values()), "pack() must give tensors"
+        unpacked = quantizer.unpack(parts, dtype)
+        assert _same(unpacked, quantized), "unpack(pack(w), w.dtype) must equal fake_quantize(w) bit for bit"
+        assert _same(weight, before), "quantizing must leave the weight as it is"
+        learning = weight.clone().requires_grad_()
+        quantizer.fake_quantize(learning).float().sum().backward()
+        gradient = learning.grad
+        assert gradient is not None, "fake_quantize() must pass a gradient"
+        assert bool(gradient.isfinite().all()), "fake_quantize() must pass a finite gradient"
+        assert bool((gradient != 0).any()), "fake_quantize() must pass a gradient that is not zero"
+
+
+# ----------------------------------------------------------------------------------------------- distillation
+
+
+def _check_distiller(component: ComponentBase) -> None:
+    import torch
+
+    distiller = cast(Distiller, component)
+    student, teacher = _tiny_model(), _tiny_model().requires_grad_(requires_grad=False)
+    made = distiller.prepare(student, teacher, torch.Generator().manual_seed(0))
+    again = distiller.prepare(student, teacher, torch.Generator().manual_seed(0))
+    assert _equal(made, again), "prepare() must draw from its generator"
+    for tensor in made.values():
+        assert tensor.dtype == torch.float32, "prepare() must make float32 tensors"
+        assert tensor.device.type == "cpu", "prepare() must make tensors on the CPU"
+    learned = {name: tensor.requires_grad_() for name, tensor in made.items()}
+    for inputs, ours, theirs, items in (_sample_batch(), _token_batch()):
+        before = copy.deepcopy(theirs)
+        values = distiller.loss(ours, theirs, Batch(inputs), learned)
+        assert values.shape == (items,), (
+            f"loss() must be unreduced, one value for each of {items} items, got {tuple(values.shape)}"
+        )
+        assert bool(values.isfinite().all()), "loss() of finite outputs must be finite"
+        assert values.requires_grad, "loss() must pass a gradient to the student"
+        values.sum().backward()
+        gradients = [tensor.grad for tensor in _tensors(ours) if tensor.grad is not None]
+        assert any(bool((gradient != 0).any()) for gradient in gradients), "loss() must teach the student something"
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients), "gradients must be finite"
+        assert all(tensor.grad is None for tensor in (*teacher.parameters(), *_tensors(theirs))), (
+            "the teacher must receive no gradient"
+        )
+        pairs = zip(_tensors(theirs), _tensors(before), strict=True)
+        assert all(_same(one, other) for one, other in pairs), "loss() must leave the teacher's outputs as they are"
+        halves = []
+        for part in (slice(0, 2), slice(2, None)):
+            batch = Batch({name: tensor[part] for name, tensor in inputs.items()})
+            halves.append(distiller.loss(_part(ours, part), _part(theirs, part), batch, learned))
+        torch.testing.assert_close(
+            torch.cat(halves), values, msg="the loss of an item must not depend on the other samples of its batch"
+        )
+
+
+def _tiny_model() -> nn.Module:
+    from torch import nn
+
+    model = nn.Linear(8, 5)
+    model.config = types.SimpleNamespace(hidden_size=8)  # type: ignore[assignment]
+    return model
+
+
+def _sample_batch() -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], int]:
+    """Sequence classification: four samples."""
+    import torch
+
+    mask = (torch.arange(6) < torch.tensor([[6], [4], [5], [3]])).long()
+    return {"attention_mask": mask, "labels": torch.arange(4)}, _output(0, 4, 5), _output(1, 4, 5, teacher=True), 4
+
+
+def _token_batch() -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], int]:
+    """Token classification: four samples, of whose 24 tokens 18 have a label."""
+    import torch
+
+    mask = torch.arange(6) < torch.tensor([[6], [4], [5], [3]])
+    labels = torch.where(mask, 1, -100)
+    inputs = {"attention_mask": mask.long(), "labels": labels}
+    return inputs, _output(2, 4, 6, 5), _output(3, 4, 6, 5, teacher=True), 18
+
+
+def _output(seed: int, *shape: int, teacher: bool = False) -> dict[str, Any]:
+    states = tuple(_normal(4, 6, 8, seed=10 * seed + layer) for layer in range(3))
+    output = {"logits": _normal(*shape, seed=10 * seed + 9), "hidden_states": states}
+    for tensor in _tensors(output):
+        tensor.requires_grad_(not teacher)
+    return output
+
+
+def _part(output: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    return {
+        name: tuple(tensor[part] for tensor in value) if isinstance(value, tuple) else value[part]
+        for name, value in output.items()
+    }
+
+
+def _tensors(output: Mapping[str, Any]) -> list[Tensor]:
+    return [output["logits"], *output["hidden_states"]]
+
+
+# ---------------------------------------------------------------------------------------------------- storage
+
+
+def _check_codec(component: ComponentBase) -> None:
+    codec = cast(Codec, component)
+    assert codec.role in ("positions", "values"), f"role must be 'positions' or 'values', got {codec.role!r}"
+    assert codec.sections, "a codec needs at least one section"
+    assert len(set(codec.sections)) == len(codec.sections), "the names of sections must differ"
+    held = 0
+    for given, layout in _positions() if codec.role == "positions" else _values():
+        bound = codec.bound(given, layout)
+        if bound is None:
+            continue
+        held += 1
+        data = given
+        if codec.role == "positions":
+            data = codec.cover(given, layout)
+            assert data.shape == given.shape, "cover() must keep the shape"
+            assert data.dtype == bool, f"cover() must give bool, got {data.dtype}"
+            assert not (given & ~data).any(), "cover() must cover every nonzero"
+            layout = dataclasses.replace(layout, count=int(data.sum()))  # noqa: PLW2901 - what the file would say
+        sections = codec.encode(data, layout)
+        assert set(sections) == set(codec.sections), f"encode() must give the sections {codec.sections}"
+        size = sum(len(section) for section in sections.values())
+        assert size == bound, f"bound() says {bound} bytes, encode() gives {size}"
+        decoded = codec.decode({name: memoryview(section) for name, section in sections.items()}, layout)
+        assert decoded.dtype == data.dtype, f"decode() must give {data.dtype}, got {decoded.dtype}"
+        assert decoded.shape == data.shape, f"decode() must give the shape {data.shape}, got {decoded.shape}"
+        assert (decoded == data).all(), "decode() must give back every bit"
+        for name in codec.sections:
+            _check_refusal(codec, {**sections, name: sections[name] + b"\0"}, layout)
+            _check_refusal(codec, {**sections, name: sections[name][:-1]}, layout)
+    assert held, "bound() must accept one of the arrays of the check"
+
+
+def _check_refusal(codec: Codec, sections: Mapping[str, bytes], layout: Layout) -> None:
+    try:
+        codec.decode({name: memoryview(section) for name, section in sections.items()}, layout)
+    except ArtifactError:
+        return
+    raise AssertionError("decode() must refuse sections of the wrong length with ArtifactError")
+
+
+def _positions() -> Iterator[tuple[np.ndarray, Layout]]:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for rows, columns in ((12, 24), (7, 13)):
+        for density in (0.05, 0.5, 0.95):
+            data = random.random((rows, columns)) < density
+            yield data, Layout("F32", rows, columns, int(data.sum()))
+    pairs = np.argsort(random.random((12, 6, 4)), axis=-1) < 2  # two of each four
+    yield pairs.reshape(12, 24), Layout("F32", 12, 24, 144)
+
+
+def _values() -> Iterator[tuple[np.ndarray, Layout]]:
+    import numpy as np
+    import torch
+
+    from sparsehooks.quantization import from_codes, row_scales, to_codes
+
+    for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
+        weight = _normal(6, 16, dtype=dtype)
+        scales = row_scales(weight)
+        few = (weight * 2).round() / 2
+        for values in (weight, from_codes(to_codes(weight, scales), scales, dtype), few):
+            bits = values.flatten().view({2: torch.uint16, 4: torch.uint32}[dtype.itemsize]).numpy()
+            yield bits, Layout(name, 6, 16, bits.size, np.full(6, 16, np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def _check_backend(component: ComponentBase) -> None:
+    import torch
+    from torch import nn
+
+    backend = cast(Backend, component)
+    layer = nn.Linear(64, 32)
+    with torch.no_grad():
+        layer.weight.copy_(_normal(32, 64) * (torch.arange(64) % 4 < 2))
+        layer.bias.copy_(_normal(32, seed=1))
+    inputs = _normal(8, 64, seed=2)
+    expected = layer(inputs)
+    support = backend.supports(layer, torch.device("cpu"))
+    assert isinstance(support, Support), f"supports() must return a Support, got {support!r}"
+    assert support.ok or support.reason, "supports() must give the reason for a no"
+    if support.ok:
+        torch.testing.assert_close(backend.convert(layer)(inputs), expected, msg="convert() must keep the outputs")
+
+
+_CHECKS = {
+    "criterion": _check_criterion,
+    "pattern": _check_pattern,
+    "allocation": _check_allocation,
+    "schedule": _check_schedule,
+    "quantizer": _check_quantizer,
+    "distiller": _check_distiller,
+    "codec": _check_codec,
+    "backend": _check_backend,
+}
+assert _CHECKS.keys() == KINDS.keys(), "every kind has its check"
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _normal(*shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal bit for bit."""
+    import torch
+
+    return one.dtype == other.dtype and torch.equal(
+        one.detach().contiguous().view(torch.uint8), other.detach().contiguous().view(torch.uint8)
+    )
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)

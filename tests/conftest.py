@@ -1,0 +1,19 @@
+"""What all tests share: no network, quiet libraries, one way to reach the helpers."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    """No plugin settings of the machine that runs the tests."""
+    for name in ("SPARSEHOOKS_PLUGINS", "SPARSEHOOKS_DISABLE_PLUGIN_AUTOLOAD"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,72 @@
+"""What each rank of test_distributed.py runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import sparsehooks
+
+from helpers import Ordered, arguments, copied, prune, sentences, texts, tiny_bert, tiny_llama
+
+RECIPE = {
+    "stage": [
+        {**prune()["stage"][0], "allocation": "global"},
+        {"distill": {"use": "hidden"}},
+        {"quantize": "int8", "schedule": {"use": "oneshot", "start": 0.5}},
+    ]
+}
+
+
+class ByRank(sparsehooks.Criterion):
+    """A criterion that breaks the rule that all ranks score alike."""
+
+    def score(self, view):
+        return view.weight.abs() if os.environ["RANK"] == "0" else -view.weight.abs()
+
+
+class Plugin:
+    @sparsehooks.hookimpl
+    def register_components(self, registry):
+        registry.add(sparsehooks.Component("criterion", "by_rank", ByRank, "differs"))
+
+
+def main(folder, mode):
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
+    options = {"ddp_backend": "gloo"} if world > 1 else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if mode == "gradient":
+        teacher = folder / f"teacher{rank}"
+        tiny_llama(seed=4).save_pretrained(teacher)
+        model, recipe, data = tiny_llama(seed=3), {"stage": [{"distill": "kl", "teacher": str(teacher)}]}, texts(8)
+        options |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": 1}
+        options |= {"per_device_train_batch_size": 8 // (2 * world), "gradient_accumulation_steps": 2}
+    else:
+        model, recipe, data = tiny_bert(), RECIPE, sentences()
+        options |= {"save_strategy": "steps", "save_steps": 5}
+    if mode == "disagree":
+        recipe = prune(prune="by_rank")
+        model, data = tiny_bert(), sentences()
+        recipe["stage"].append({"distill": "hidden"})
+    before = copied(model)
+    trainer = Ordered(model=model, args=arguments(folder / "run", **options), train_dataset=data)
+    trainer.add_callback(sparsehooks.CompressionCallback(recipe, plugins=[Plugin()]))
+    try:
+        trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-5") if mode == "resume" else None)
+        state = copied(model)
+        if mode == "gradient":
+            state = {name: value - before[name] for name, value in state.items()}
+    except sparsehooks.SessionError as error:
+        state = {"error": str(error)}
+    torch.save(state, folder / f"{mode}-rank{rank}.pt")
+    if mode == "run":
+        trainer.save_model(folder / "artifact")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,337 @@
+"""The published conformance checks: every component of the catalog passes, a wrong one of each kind does not."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparsehooks import (
+    Allocation,
+    Backend,
+    Codec,
+    Component,
+    Criterion,
+    Distiller,
+    Pattern,
+    PluginError,
+    PluginManager,
+    Quantizer,
+    Schedule,
+    Support,
+    hookimpl,
+)
+from sparsehooks.components import KINDS
+from sparsehooks.plugins import installed_catalog
+from sparsehooks.testing import check_component
+
+
+def installed():
+    return [(record.component.kind, record.component.name) for record in installed_catalog().records()]
+
+
+@pytest.mark.parametrize(("kind", "name"), [*installed(), ("pattern", "2:4"), ("pattern", "1:3"), ("pattern", "4:8")])
+def test_every_installed_component_keeps_the_contract_of_its_kind(kind, name):
+    check_component(installed_catalog(), kind, name)
+
+
+def test_every_kind_has_a_component_to_check():
+    assert {kind for kind, _ in installed()} == set(KINDS)
+
+
+class LossyWeight(Criterion):
+    def score(self, view):
+        return view.weight.abs_()
+
+
+class Unseeded(Criterion):
+    def score(self, view):
+        return torch.rand(view.weight.shape)
+
+
+class Flat(Criterion):
+    def score(self, view):
+        return view.weight.abs().sum(dim=1)
+
+
+class WholeNumbers(Criterion):
+    def score(self, view):
+        return view.weight.abs().int()
+
+
+class Reciprocal(Criterion):
+    def score(self, view):
+        return (view.weight * 0).reciprocal()
+
+
+class Leaky(Pattern):
+    """Loses the first row whatever is asked."""
+
+    def check(self, shape):
+        return None
+
+    def units(self, scores):
+        return scores
+
+    def expand(self, keep, scores):
+        return {name: mask & (torch.arange(len(mask)) > 0)[:, None] for name, mask in keep.items()}
+
+
+class BytesForBools(Pattern):
+    def check(self, shape):
+        return None
+
+    def units(self, scores):
+        return scores
+
+    def expand(self, keep, scores):
+        return {name: mask.byte() for name, mask in keep.items()}
+
+
+class Choosy(Pattern):
+    def check(self, shape):
+        return "no"
+
+    def units(self, scores):
+        return scores
+
+    def expand(self, keep, scores):
+        return keep
+
+
+class Boastful(Pattern):
+    """Says that half of a unit goes, and takes all of it."""
+
+    def check(self, shape):
+        return None
+
+    def share(self):
+        return 0.5
+
+    def units(self, scores):
+        return scores
+
+    def expand(self, keep, scores):
+        return keep
+
+
+class Spendthrift(Allocation):
+    def keep(self, units, sparsity):
+        return {name: unit.numel() for name, unit in units.items()}
+
+
+class Fractional(Allocation):
+    def keep(self, units, sparsity):
+        return {name: (1 - sparsity) * unit.numel() for name, unit in units.items()}
+
+
+class Unequal(Allocation):
+    """The right total, with more units than the first layer has."""
+
+    def keep(self, units, sparsity):
+        total = sum(unit.numel() for unit in units.values())
+        return {**dict.fromkeys(units, 0), next(iter(units)): round((1 - sparsity) * total)}
+
+
+class Short(Schedule):
+    def sparsity(self, progress):
+        return 0.99 * progress
+
+
+class Overshooting(Schedule):
+    def sparsity(self, progress):
+        return progress + 4 * progress * (1 - progress)
+
+
+class Truncating(Quantizer):
+    """Halves the weight, so that a second application halves it again."""
+
+    def fake_quantize(self, weight):
+        return weight / 2
+
+    def pack(self, weight):
+        return {"half": weight / 2}
+
+    def unpack(self, parts, dtype):
+        return parts["half"].to(dtype)
+
+
+class Dead(Quantizer):
+    """Rounds without a straight-through gradient."""
+
+    def fake_quantize(self, weight):
+        return weight.round()
+
+    def pack(self, weight):
+        return {"codes": weight.round()}
+
+    def unpack(self, parts, dtype):
+        return parts["codes"].to(dtype)
+
+
+class TwoRoundings(Quantizer):
+    """Trains on another grid than it stores."""
+
+    def fake_quantize(self, weight):
+        return weight.detach().round() + (weight - weight.detach())
+
+    def pack(self, weight):
+        return {"codes": weight.detach().trunc()}
+
+    def unpack(self, parts, dtype):
+        return parts["codes"].to(dtype)
+
+
+class OffsetGrid(Quantizer):
+    """A grid without zero."""
+
+    def fake_quantize(self, weight):
+        return weight.detach().floor() + 0.5 + (weight - weight.detach())
+
+    def pack(self, weight):
+        return {"codes": weight.detach().floor()}
+
+    def unpack(self, parts, dtype):
+        return (parts["codes"] + 0.5).to(dtype)
+
+
+class Mean(Distiller):
+    def loss(self, student, teacher, batch, learned):
+        return (student["logits"] - teacher["logits"]).square().mean().reshape(1)
+
+
+class PerSample(Distiller):
+    """One value a sample, where the Trainer counts tokens."""
+
+    def loss(self, student, teacher, batch, learned):
+        return (student["logits"] - teacher["logits"]).square().flatten(1).mean(dim=1)
+
+
+class Detached(Distiller):
+    def loss(self, student, teacher, batch, learned):
+        return batch.items((student["logits"] - teacher["logits"]).detach().square().mean(dim=-1))
+
+
+class Contrastive(Distiller):
+    """Measures an item against the largest of its batch."""
+
+    def loss(self, student, teacher, batch, learned):
+        difference = (student["logits"] - teacher["logits"]).square()
+        return batch.items((difference / difference.max()).mean(dim=-1))
+
+
+class Forgetful(Codec):
+    role = "values"
+    sections = ("bits",)
+
+    def bound(self, data, layout):
+        return data.nbytes
+
+    def encode(self, data, layout):
+        return {"bits": data.tobytes()}
+
+    def decode(self, sections, layout):
+        return np.zeros(layout.count, {"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}[layout.dtype])
+
+
+class Optimistic(Codec):
+    """Promises fewer bytes than it writes."""
+
+    role = "positions"
+    sections = ("bytes",)
+
+    def bound(self, data, layout):
+        return layout.size // 8
+
+    def encode(self, data, layout):
+        return {"bytes": data.tobytes()}
+
+    def decode(self, sections, layout):
+        return np.frombuffer(sections["bytes"], np.bool_).reshape(layout.rows, layout.columns)
+
+
+class Trusting(Codec):
+    """Reads bytes without counting them."""
+
+    role = "positions"
+    sections = ("bytes",)
+
+    def bound(self, data, layout):
+        return layout.size
+
+    def encode(self, data, layout):
+        return {"bytes": data.tobytes()}
+
+    def decode(self, sections, layout):
+        data = np.zeros(layout.size, np.bool_)
+        given = np.frombuffer(sections["bytes"], np.bool_)[: layout.size]
+        data[: given.size] = given
+        return data.reshape(layout.rows, layout.columns)
+
+
+class Silent(Backend):
+    def supports(self, layer, device):
+        return Support(ok=False)
+
+    def convert(self, layer):
+        return layer
+
+
+class Rounding(Backend):
+    def supports(self, layer, device):
+        return Support(ok=True)
+
+    def convert(self, layer):
+        return torch.nn.Sequential(layer, torch.nn.ReLU())
+
+
+WRONG = {
+    LossyWeight: "leave the weight",
+    Unseeded: "same view",
+    Flat: "shape",
+    WholeNumbers: "floating point",
+    Reciprocal: "finite",
+    Leaky: "all weights stay",
+    BytesForBools: "bool masks",
+    Choosy: "accept one of the shapes",
+    Boastful: "where all units go",
+    Spendthrift: "misses the budget",
+    Fractional: "whole numbers",
+    Unequal: "of 48 units",
+    Short: "exactly 1",
+    Overshooting: "outside",
+    Truncating: "twice",
+    Dead: "gradient that is not zero",
+    TwoRoundings: "bit for bit",
+    OffsetGrid: "zero must stay zero",
+    Mean: "unreduced",
+    PerSample: "one value for each of 18 items",
+    Detached: "pass a gradient",
+    Contrastive: "other samples",
+    Forgetful: "every bit",
+    Optimistic: "bound\\(\\) says",
+    Trusting: "wrong length",
+    Silent: "reason for a no",
+    Rounding: "keep the outputs",
+}
+
+
+class Wrong:
+    @hookimpl
+    def register_components(self, registry):
+        for cls in WRONG:
+            registry.add(Component(cls.kind, cls.__name__, cls, "wrong"))
+
+
+@pytest.mark.parametrize("cls", WRONG)
+def test_a_component_that_breaks_its_contract_is_told_so(cls):
+    catalog = PluginManager([Wrong()], autoload=False).catalog
+    with pytest.raises(AssertionError, match=WRONG[cls]):
+        check_component(catalog, cls.kind, cls.__name__)
+
+
+def test_every_kind_has_a_wrong_component_that_fails():
+    assert {cls.kind for cls in WRONG} == set(KINDS)
+
+
+def test_a_component_that_does_not_exist_is_no_failure_of_the_contract():
+    with pytest.raises(PluginError, match="no plugin offers the criterion 'magnitud'; did you mean 'magnitude'"):
+        check_component(installed_catalog(), "criterion", "magnitud")

@@ -1,0 +1,49 @@
+"""Two processes on the CPU (gloo): the ranks agree, and together they do what one process does."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from helpers import same_state
+
+WORKER = Path(__file__).parent / "ddp_worker.py"
+
+
+def run(folder, mode, processes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, *(launch if processes > 1 else []), str(WORKER), str(folder), mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(path) for path in sorted(folder.glob(f"{mode}-rank*.pt"))]
+
+
+def test_two_ranks_compress_resume_and_save_as_one(tmp_path):
+    first, second = run(tmp_path, "run", 2)
+    assert same_state(first, second)
+    resumed, _ = run(tmp_path, "resume", 2)
+    assert same_state(first, resumed)
+    assert same_state(first, AutoModel.from_pretrained(tmp_path / "artifact"))
+
+
+def test_the_distilled_gradient_does_not_depend_on_the_number_of_ranks(tmp_path):
+    pair = run(tmp_path, "gradient", 2)
+    (alone,) = run(tmp_path / "alone", "gradient", 1)
+    assert same_state(*pair)
+    difference = torch.cat([(pair[0][name] - value).flatten() for name, value in alone.items()])
+    moved = torch.cat([value.flatten() for value in alone.values()])
+    assert difference.norm() / moved.norm() < 1e-6
+
+
+def test_ranks_that_choose_differently_stop(tmp_path):
+    (first, second) = run(tmp_path, "disagree", 2)
+    assert first["error"] == second["error"]
+    assert "different masks" in first["error"]
