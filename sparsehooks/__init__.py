@@ -12,47 +12,61 @@ from typing import TYPE_CHECKING, Any
 from sparsehooks.artifact.register import register
 
 if TYPE_CHECKING:
-    from sparsehooks.artifact.folder import decompress, inspect, verify
-    from sparsehooks.artifact.write import save_pretrained
-    from sparsehooks.catalog import Component
+    from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
+    from sparsehooks.artifact.write import save_pretrained as save_pretrained
+    from sparsehooks.catalog import Component as Component, Registry as Registry
     from sparsehooks.components import (
-        Allocation,
-        Backend,
-        Batch,
-        Codec,
-        ComponentBase,
-        Criterion,
-        Distiller,
-        Layout,
-        Moment,
-        Need,
-        Pattern,
-        Quantizer,
-        Schedule,
-        Support,
-        WeightView,
-        Window,
+        Allocation as Allocation,
+        Backend as Backend,
+        Batch as Batch,
+        Codec as Codec,
+        ComponentBase as ComponentBase,
+        Criterion as Criterion,
+        Distiller as Distiller,
+        Layout as Layout,
+        Moment as Moment,
+        Need as Need,
+        Pattern as Pattern,
+        Quantizer as Quantizer,
+        Schedule as Schedule,
+        Support as Support,
+        WeightView as WeightView,
+        Window as Window,
     )
-    from sparsehooks.errors import ArtifactError, PlanError, PluginError, RecipeError, SessionError, SparseHooksError
-    from sparsehooks.hookspecs import hookimpl
-    from sparsehooks.loops.plain import attach
-    from sparsehooks.loops.posttrain import compress
-    from sparsehooks.loops.trainer import CompressionCallback, attach_trainer
-    from sparsehooks.masks import MaskChange, top_counts
-    from sparsehooks.plan import Plan
-    from sparsehooks.plugins import PluginManager
-    from sparsehooks.quantization import from_codes, row_scales, to_codes
-    from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Use, read_toml
-    from sparsehooks.session import Session, SessionView
+    from sparsehooks.errors import (
+        ArtifactError as ArtifactError,
+        PlanError as PlanError,
+        PluginError as PluginError,
+        RecipeError as RecipeError,
+        SessionError as SessionError,
+        SparseHooksError as SparseHooksError,
+    )
+    from sparsehooks.hookspecs import StageStatus as StageStatus, hookimpl as hookimpl
+    from sparsehooks.loops.plain import attach as attach
+    from sparsehooks.loops.posttrain import compress as compress
+    from sparsehooks.loops.trainer import CompressionCallback as CompressionCallback, attach_trainer as attach_trainer
+    from sparsehooks.masks import MaskChange as MaskChange, top_counts as top_counts
+    from sparsehooks.plan import Plan as Plan
+    from sparsehooks.plugins import PluginManager as PluginManager
+    from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
+    from sparsehooks.recipe import (
+        DistillStage as DistillStage,
+        PruneStage as PruneStage,
+        QuantizeStage as QuantizeStage,
+        Recipe as Recipe,
+        Use as Use,
+        read_toml as read_toml,
+    )
+    from sparsehooks.session import Session as Session, SessionView as SessionView
 
 _HOME = {
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
-    "catalog": "Component",
+    "catalog": "Component Registry",
     "components": "Allocation Backend Batch Codec ComponentBase Criterion Distiller Layout Moment Need Pattern "
     "Quantizer Schedule Support WeightView Window",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
-    "hookspecs": "hookimpl",
+    "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",
     "loops.posttrain": "compress",
     "loops.trainer": "CompressionCallback attach_trainer",
@@ -66,10 +80,7 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __version__ = "0.1.0"
-__all__ = [  # noqa: PLE0604 - the table above, flat
-    "__version__",
-    *_MODULE,
-]
+__all__ = ["__version__", *_MODULE]  # noqa: PLE0604 - strings all
 
 
 def __getattr__(name: str) -> Any:

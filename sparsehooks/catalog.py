@@ -88,7 +88,9 @@ class Registry:
         try:
             re.compile(component.shorthand or "")
         except re.error as error:
-            raise PluginError(f"component '{component.name}': its shorthand is no regular expression: {error}") from error
+            raise PluginError(
+                f"component '{component.name}': its shorthand is no regular expression: {error}"
+            ) from error
         self.records.append(Record(component, self._plugin))
 
 

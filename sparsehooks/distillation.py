@@ -149,5 +149,5 @@ def _shifts_labels(model: nn.Module) -> bool:
     """Whether the model's own loss compares position i with label i + 1, as the Trainer decides it."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
     return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)

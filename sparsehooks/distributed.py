@@ -19,6 +19,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """The rank of this process."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def agree(value: str, disagreement: str) -> None:
     """Compare a value over the ranks.
 
@@ -36,7 +41,7 @@ def once(make: Callable[[], T]) -> T:
     """The result of a call that rank 0 alone makes, on every rank."""
     if world_size() == 1:
         return make()
-    results = [make() if dist.get_rank() == 0 else None]
+    results = [make() if rank() == 0 else None]
     dist.broadcast_object_list(results)
     return results[0]  # type: ignore[return-value]
 

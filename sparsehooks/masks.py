@@ -63,15 +63,15 @@ def select(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str,
         if count in (0, tensor.numel()):
             masks[name] = torch.full_like(tensor, count > 0, dtype=torch.bool)
             continue
-        cut = _cut([tensor.flatten()], count)
+        flat = tensor.flatten()
+        cut = _cut([flat], count)
         wanted = count - cut.above[0]
         if wanted == cut.equal[0]:
-            masks[name] = tensor >= cut.value
+            mask = flat >= cut.value
         else:
-            mask = tensor > cut.value
-            ties = torch.nonzero(tensor.flatten() == cut.value).flatten()[:wanted]
-            mask.view(-1)[ties] = True
-            masks[name] = mask
+            mask = flat > cut.value
+            mask[torch.nonzero(flat == cut.value).flatten()[:wanted]] = True
+        masks[name] = mask.view(tensor.shape)
     return masks
 
 

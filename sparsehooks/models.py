@@ -41,7 +41,8 @@ def open_skeleton(name: str | Path) -> PreTrainedModel:
     """
     with _naming(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(name)
-        return architecture_of(config)._from_config(config)
+        skeleton: PreTrainedModel = architecture_of(config)._from_config(config)
+        return skeleton
 
 
 def architecture_of(config: Any) -> Any:

@@ -133,7 +133,7 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
             with _collecting(problems):
                 if twice := options.keys() & use.options:
                     raise RecipeError(f"{path}: '{use.use}' says '{min(twice)}' already")
-                config = decode(component.Config, {**options, **use.options}, path)
+                config: Any = decode(component.Config, {**options, **use.options}, path)
                 components[key] = Bound(record, config, component)
     planned = PlannedStage(index, stage, components)
     if isinstance(stage, PruneStage) and "pattern" in components:
@@ -196,8 +196,10 @@ def _emptied(planned: PlannedStage, stage: PruneStage, targets: list[Target]) ->
     allocation = cast(Allocation, planned.components["allocation"].create())
     shapes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in targets}
     try:
-        kept = allocation.keep(pattern.units(shapes), stage.sparsity)
-        names = [name for name, count in kept.items() if count == 0]
+        with attributed(planned.components["pattern"].record):
+            units = pattern.units(shapes)
+        with attributed(planned.components["allocation"].record):
+            names = [name for name, count in allocation.keep(units, stage.sparsity).items() if count == 0]
     except (RuntimeError, TypeError):  # it reads the scores, and meta tensors have none
         return []
     where = f"{planned.path}.sparsity: at {stage.sparsity:g} nothing of"
@@ -252,4 +254,6 @@ def _check_teacher(name: str) -> None:
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"'{name}' is neither 'self', nor a folder, nor a model on the Hub that can be had") from error
+        raise RecipeError(
+            f"'{name}' is neither 'self', nor a folder, nor a model on the Hub that can be had"
+        ) from error

@@ -105,8 +105,8 @@ class PluginManager:
         self.plugins: list[Plugin] = []
         asked = [name.strip() for name in os.environ.get("SPARSEHOOKS_PLUGINS", "").split(",") if name.strip()]
         named = [("environment", name) for name in asked]
-        named += [("command line", item) for item in plugins if isinstance(item, (str, Path))]
-        self._blocked = {str(name)[3:] for _, name in named if str(name).startswith("no:")}
+        named += [("command line", str(item)) for item in plugins if isinstance(item, (str, Path))]
+        self._blocked = {name[3:] for _, name in named if name.startswith("no:")}
         for name in BUILTINS:
             module = f"sparsehooks.builtin.{name}"
             self._load(Plugin(name, "builtin", "sparsehooks", _version("sparsehooks")), _importer(module))
@@ -117,11 +117,11 @@ class PluginManager:
             for entry in entry_points:
                 self._load(_from_entry_point(entry, "entry point"), entry.load)
         for source, name in named:
-            if not str(name).startswith("no:"):
-                self._load_named(str(name), source, entry_points)
+            if not name.startswith("no:"):
+                self._load_named(name, source, entry_points)
         for item in plugins:
             if not isinstance(item, (str, Path)):
-                self._load(Plugin(self._free_name(item), "python"), lambda item=item: item)
+                self._load(Plugin(self._free_name(item), "python"), functools.partial(_itself, item))
         known = {plugin.name for plugin in self.plugins}
         for name in sorted(self._blocked - known):
             raise PluginError(f"-p no:{name}: there is no plugin '{name}'{suggest(name, known)}")
@@ -144,7 +144,7 @@ class PluginManager:
                 for name, function in implementations(plugin.module):
                     if name == "register_components":
                         function(*((registry,) if _arguments(function) else ()))
-            except (Exception, SystemExit) as error:
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - one plugin must not stop the others
                 plugin.error = _one_line(error)
                 self._pluggy.unregister(name=plugin.name)
                 continue
@@ -203,7 +203,7 @@ class PluginManager:
             try:
                 with _attributed(plugin, "hook session_finished()"):
                     call()
-            except Exception as raised:
+            except Exception as raised:  # noqa: BLE001 - raised again, with those of the others
                 errors.append(raised)
         if errors:
             raise ExceptionGroup("plugins failed in session_finished()", errors)
@@ -253,7 +253,7 @@ class PluginManager:
                     raise PluginError(f"its name is taken by plugin {namesake.describe()}")
                 check_implementations(plugin.module)
                 self._pluggy.register(_Implementations(plugin.module), name=plugin.name)
-            except (Exception, SystemExit) as error:
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - one plugin must not stop the others
                 plugin.error = _one_line(error)
         self.plugins.append(plugin)
 
@@ -266,7 +266,7 @@ class PluginManager:
 
 
 class _Implementations:
-    """The hook implementations of a plugin, for pluggy: it compares what it holds with ``==``, which is the plugin's."""
+    """The hook implementations of a plugin: what pluggy gets, because it compares plugins by their own ``==``."""
 
     def __init__(self, plugin: Any) -> None:
         for attribute, _ in _marked(plugin):
@@ -355,6 +355,10 @@ def _nothing(session: SessionView, step: int) -> None:
     """The step hook of a run that nobody listens to."""
 
 
+def _itself(item: Any) -> Any:
+    return item
+
+
 def _importer(module: str) -> Callable[[], Any]:
     return lambda: importlib.import_module(module)
 
@@ -369,7 +373,8 @@ def _import_file(path: Path) -> Any:
             return sys.modules[path.stem]
         raise PluginError(f"'{path}' would hide the module '{path.stem}'; rename the file")
     specification = importlib.util.spec_from_file_location(path.stem, path)
-    assert specification is not None and specification.loader is not None  # a .py file always has both
+    assert specification is not None  # a .py file always has one,
+    assert specification.loader is not None  # and a loader
     module = importlib.util.module_from_spec(specification)
     sys.modules[path.stem] = module
     try:
@@ -388,7 +393,7 @@ def _distribution(entry: metadata.EntryPoint) -> tuple[str | None, str | None]:
     """The name and version of an entry point's distribution; None where its metadata is damaged."""
     try:
         return (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
-    except Exception:  # a half-removed distribution raises differently in each version of Python
+    except Exception:  # noqa: BLE001 - a half-removed distribution raises differently in each version of Python
         return None, None
 
 

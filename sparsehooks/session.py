@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsehooks import swapping
 from sparsehooks.components import ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
+from sparsehooks.distributed import rank
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.plan import Plan, PlannedStage
@@ -46,6 +47,7 @@ class Session:
         self.step = 0
         self.view = SessionView(self)
         self.metadata: dict[str, dict[str, str]] = {}
+        self._ended = False
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
@@ -185,14 +187,18 @@ class Session:
                 matrix = target.matrix(self._weights[name])
                 effective = quantizer.unpack(quantizer.pack(matrix), matrix.dtype)
                 self._weights[name].copy_(target.restore(effective))
-        self._unswap()
         self.metadata = self.manager.artifact_metadata(self.view)
-        self.manager.session_finished(self.view, None)
+        self._end(None)
 
     def abort(self, error: BaseException | None = None) -> None:
-        """End the run early: undo every swap and leave the weights as they are."""
-        self._unswap()
-        self.manager.session_finished(self.view, error)
+        """End the run early: undo every swap and leave the weights as they are. Does nothing after ``finish``."""
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        if not self._ended:
+            self._ended = True
+            self._unswap()
+            self.manager.session_finished(self.view, error)
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -286,7 +292,8 @@ class Session:
             elif update and schedule.due(self.step, self.total_steps):
                 pruner = Pruner.of(stage, self._objects[stage.index])
                 changes = self.masks.update(pruner, self.step, schedule.at(self.step, self.total_steps))
-                self.manager.masks_updated(self.view, stage.label, self.step, MappingProxyType(dict(changes)))
+                if any(change.pruned or change.grown for change in changes.values()):
+                    self.manager.masks_updated(self.view, stage.label, self.step, MappingProxyType(dict(changes)))
             if self.step >= last and self._statuses[stage.index] == "started":
                 self._change(stage, "finished")
 
@@ -332,6 +339,11 @@ class SessionView:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self._session.total_steps
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process: let only rank 0 write."""
+        return rank()
 
     @property
     def sparsity(self) -> float:

@@ -60,7 +60,9 @@ class EffectiveWeight:
         target = self._sparsehooks_target
         weight: Tensor = self.weight  # type: ignore[attr-defined]
         weight = target.restore(self._sparsehooks_quantizer.fake_quantize(target.matrix(weight)))
-        return FORWARDS[_base(type(self))](self, inputs, weight)  # type: ignore[arg-type]
+        base = _base(type(self))  # type: ignore[arg-type]
+        assert base is not None
+        return FORWARDS[base](self, inputs, weight)
 
 
 def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,9 +93,7 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
     return targets, notes
 
 
-def _matching(
-    modules: Mapping[str, nn.Module], patterns: Iterable[str], weighted: Set[str] | None = None
-) -> set[str]:
+def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], weighted: set[str] | None = None) -> set[str]:
     """The modules that the patterns match; each has to match one of ``weighted``, if that is given."""
     classes = {name: {base.__name__ for base in type(module).__mro__} for name, module in modules.items()}
     found: set[str] = set()

@@ -53,7 +53,7 @@ def check_component(catalog: Catalog, kind: str, name: str) -> None:
     """
     record, options = catalog.resolve(kind, name)
     cls = record.load()
-    config = decode(cls.Config, options, f"{kind} '{name}'")
+    config: Any = decode(cls.Config, options, f"{kind} '{name}'")
     assert config == decode(cls.Config, options, ""), "two configs with the same options must be equal"
     assert cls.Config.__dataclass_params__.frozen, "Config must be a frozen dataclass"  # type: ignore[attr-defined]
     component = cls(config)

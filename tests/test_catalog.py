@@ -55,7 +55,7 @@ def test_switching_off_either_side_resolves_a_clash(off, expected):
 
 
 def test_a_plugin_that_offers_one_name_twice_clashes_with_itself():
-    with pytest.raises(PluginError, match="'twice' is offered by 'Offers' .* and 'Offers' "):
+    with pytest.raises(PluginError, match=r"'twice' is offered by 'Offers' .* and 'Offers' "):
         catalog(Offers(criterion("twice"), criterion("twice", Zero))).resolve("criterion", "twice")
 
 
@@ -71,7 +71,7 @@ def test_a_shorthand_carries_its_options(name, options):
     assert (record.load(), found) == (NOfM, options)
 
 
-@pytest.mark.parametrize("name", ["2:4:8", "a:b", "2 : 4", ":4", "２:４"])
+@pytest.mark.parametrize("name", ["2:4:8", "a:b", "2 : 4", ":4", "2:\u0664"])
 def test_what_is_not_quite_a_shorthand_is_unknown(name):
     with pytest.raises(PluginError, match=f"no plugin offers the pattern '{name}'"):
         catalog().resolve("pattern", name)
@@ -87,7 +87,7 @@ def test_groups_of_a_shorthand_that_did_not_take_part_are_no_options():
 def test_a_shorthand_that_can_mean_two_things_is_an_error():
     found = catalog(Offers(criterion("one", shorthand="x.*"), criterion("two", shorthand=".*y")))
     assert found.resolve("criterion", "x")[0].component.name == "one"
-    with pytest.raises(PluginError, match="the criterion 'xy' can mean one or two; write { use = NAME, ... }"):
+    with pytest.raises(PluginError, match=r"the criterion 'xy' can mean one or two; write \{ use = NAME, \.\.\. \}"):
         found.resolve("criterion", "xy")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
+import sparsehooks  # noqa: F401 - opens the artifact
+
 from helpers import same_state
 
 WORKER = Path(__file__).parent / "ddp_worker.py"

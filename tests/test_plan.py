@@ -60,7 +60,11 @@ def test_five_mistakes_are_five_problems(tmp_path):
 
 def test_all_mistakes_of_one_stage_are_reported():
     stage = prune(
-        prune="magnitud", pattern="block", allocation="global_", schedule={"use": "cubic", "every": 0}, targets=["Liner"]
+        prune="magnitud",
+        pattern="block",
+        allocation="global_",
+        schedule={"use": "cubic", "every": 0},
+        targets=["Liner"],
     )
     found = problems([stage], two_layers(), 100, requires=["not-there-at-all"])
     assert [problem.split(":")[0] for problem in found] == [
@@ -131,16 +135,13 @@ def test_a_shape_that_does_not_divide_is_reported():
 def test_shapes_that_misfit_for_one_reason_are_one_problem():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(10, 8))
     assert problems([{"prune": "magnitude", "pattern": "2:4"}], model) == [
-        "recipe.stage[0].pattern: '2:4' does not fit '0.weight' and 1 more: its 6 input features do not divide by 4; "
-        "exclude it",
-        "recipe.stage[0].pattern: '2:4' does not fit '2.weight': its 10 input features do not divide by 4; exclude it",
+        f"recipe.stage[0].pattern: '2:4' does not fit {which} input features do not divide by 4; exclude it"
+        for which in ("'0.weight' and 1 more: its 6", "'2.weight': its 10")
     ]
 
 
 def test_a_missing_sparsity_is_reported_unless_the_pattern_fixes_it():
-    assert problems([{"prune": "magnitude"}], two_layers()) == [
-        "recipe.stage[0]: 'sparsity' is missing, such as 0.8"
-    ]
+    assert problems([{"prune": "magnitude"}], two_layers()) == ["recipe.stage[0]: 'sparsity' is missing, such as 0.8"]
     assert build([{"prune": "magnitude", "pattern": "1:2"}], two_layers())
     assert build([prune(pattern="1:2", sparsity=0.5)], two_layers())
 
@@ -166,7 +167,10 @@ def test_a_layer_that_uniform_would_empty_is_reported(sparsity, emptied):
 
 
 def test_what_an_allocation_can_only_tell_from_scores_is_left_to_the_update():
-    assert build([prune(sparsity=0.95, pattern="row", allocation="global")], two_layers())
+    stage = prune(sparsity=0.95, pattern="row", allocation="global")
+    assert build([stage], nn.Sequential(nn.Linear(8, 60), nn.Linear(60, 3)))
+    (problem,) = problems([stage], two_layers())  # one threshold over nine rows keeps none
+    assert problem.startswith("recipe.stage[0].sparsity: at 0.95 nothing of '0.weight' and 1 more would be left")
 
 
 def test_a_pattern_that_keeps_some_of_every_unit_empties_nothing():
@@ -208,9 +212,10 @@ def test_a_layer_that_cannot_be_quantized_is_reported():
             return 2 * super().forward(inputs)
 
     model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.Bilinear(2, 3, 4))
+    known = "Linear, Embedding, Conv1d, Conv2d, Conv1D"
     assert problems([{"quantize": "int8", "targets": ["*"]}], model) == [
         "recipe.stage[0]: '1' is a Doubled with a forward of its own; exclude it",
-        "recipe.stage[0]: '2' is a Bilinear, only Linear, Embedding, Conv1d, Conv2d, Conv1D can be quantized; exclude it",
+        f"recipe.stage[0]: '2' is a Bilinear, only {known} can be quantized; exclude it",
     ]
 
 
@@ -247,13 +252,10 @@ def test_a_teacher_that_cannot_be_had_is_reported(tmp_path):
     def about(teacher):
         return problems([{"distill": "kl", "teacher": teacher}], two_layers())
 
-    assert about(str(tmp_path)) == [
-        f"recipe.stage[0].teacher: '{tmp_path}' is no model folder: it has no config.json"
-    ]
+    assert about(str(tmp_path)) == [f"recipe.stage[0].teacher: '{tmp_path}' is no model folder: it has no config.json"]
     for missing in ("org/not-a-model", str(tmp_path / "missing")):
-        assert about(missing) == [
-            f"recipe.stage[0].teacher: '{missing}' is neither 'self', nor a folder, nor a model on the Hub that can be had"
-        ]
+        (problem,) = about(missing)
+        assert problem.startswith(f"recipe.stage[0].teacher: '{missing}' is neither 'self', nor a folder, nor a model")
 
 
 def test_a_teacher_may_be_the_model_itself_or_a_folder(tmp_path):
@@ -269,10 +271,14 @@ def test_missing_requirements_are_reported():
 
 
 def test_plugins_object_together_with_each_other():
-    assert problems([prune(), {"quantize": "int8"}], two_layers(), plugins=[Objects(), Objects()]) == [
-        "stage[0] prune magnitude: not on a Monday",
-        "stage[1] quantize int8: not on a Monday",
-    ] * 2
+    assert (
+        problems([prune(), {"quantize": "int8"}], two_layers(), plugins=[Objects(), Objects()])
+        == [
+            "stage[0] prune magnitude: not on a Monday",
+            "stage[1] quantize int8: not on a Monday",
+        ]
+        * 2
+    )
 
 
 def test_plugins_see_only_plans_that_are_sound():

@@ -72,7 +72,10 @@ WRONG = [
         for value in (1.0, 1, -0.1, 80, float("nan"))
     ),
     *(
-        ({"stage": [{"distill": "kl", "weight": value}]}, f"{STAGE}: 'weight' = {float(value)} is not a positive number")
+        (
+            {"stage": [{"distill": "kl", "weight": value}]},
+            f"{STAGE}: 'weight' = {float(value)} is not a positive number",
+        )
         for value in (0, -1, float("inf"), float("nan"))
     ),
 ]
@@ -122,7 +125,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_format_that_nobody_reads_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("stage: []")
-    with pytest.raises(RecipeError, match="neither TOML .* nor a format that a plugin reads"):
+    with pytest.raises(RecipeError, match=r"neither TOML .* nor a format that a plugin reads"):
         Recipe.load(path)
 
 
@@ -270,7 +273,9 @@ def test_a_digest_is_the_same_in_every_process(path):
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():
     one = Recipe.from_dict({"stage": [{"prune": "magnitude", "schedule": {"use": "cubic", "start": 0.1, "every": 2}}]})
-    other = Recipe.from_dict({"stage": [{"schedule": {"every": 2, "start": 0.1, "use": "cubic"}, "prune": "magnitude"}]})
+    other = Recipe.from_dict(
+        {"stage": [{"schedule": {"every": 2, "start": 0.1, "use": "cubic"}, "prune": "magnitude"}]}
+    )
     assert one.digest() == other.digest()
 
 

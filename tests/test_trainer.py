@@ -237,7 +237,9 @@ def test_the_sparsity_is_in_the_logs_of_both_doors(tmp_path):
 
 def test_checkpoints_are_dense_and_what_is_saved_at_the_end_is_sparse(tmp_path):
     model = tiny_classifier()
-    trainer = train(model, tmp_path, {"stage": [*prune()["stage"], INT8]}, labelled(), save_strategy="steps", save_steps=6)
+    trainer = train(
+        model, tmp_path, {"stage": [*prune()["stage"], INT8]}, labelled(), save_strategy="steps", save_steps=6
+    )
     checkpoint = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in checkpoint.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()

@@ -23,7 +23,7 @@ METHOD = "sparsehooks"
 VERSION = "1"
 
 
-class SparseHooksConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SparseHooksConfig(QuantizationConfigMixin):
     """What config.json says about an artifact.
 
     Args:
@@ -44,13 +44,13 @@ class SparseHooksConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ArtifactError(
                 f"config.json: format version {version!r} is not known to this release; upgrade sparsehooks"
             )
-        self.quant_method = METHOD
+        self.quant_method = cast(Any, METHOD)  # transformers compares it with the names it registered
         self.version = VERSION
         self.recipe = dict(recipe) if recipe else {}
         self.plugins = {name: dict(added) for name, added in plugins.items()} if plugins else {}
 
 
-class SparseHooksQuantizer(HfQuantizer):  # type: ignore[misc]
+class SparseHooksQuantizer(HfQuantizer):
     """Decodes each blob on the way into its parameter; the model in memory is an ordinary dense one."""
 
     requires_calibration = False
@@ -140,7 +140,7 @@ def disarm(model: Any) -> SparseHooksConfig | None:
     if not isinstance(quantizer, SparseHooksQuantizer):
         return None
     quantizer.remove_quantization_config(model)
-    return quantizer.quantization_config  # type: ignore[no-any-return]
+    return cast(SparseHooksConfig, quantizer.quantization_config)
 
 
 def register() -> None:
@@ -170,14 +170,23 @@ def _decoder(quantizer: SparseHooksQuantizer, *, last: bool) -> Any:
     from sparsehooks.artifact.container import decode, is_blob
     from sparsehooks.artifact.folder import installed_codecs
 
-    class Decode(ConversionOps):  # type: ignore[misc]
+    codecs = installed_codecs()
+
+    class Decode(ConversionOps):
         decodes_blobs = True
 
         def __init__(self) -> None:
             self.hf_quantizer = quantizer
 
         def convert(
-            self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
+            self,
+            input_dict: dict[str, Any],
+            source_patterns: list[str],
+            target_patterns: list[str],
+            *,
+            full_layer_name: str = "",
+            model: Any = None,
+            **_: Any,
         ) -> dict[str, Any]:
             parameter = model.get_parameter_or_buffer(full_layer_name)
             decoded = {}
@@ -193,7 +202,7 @@ def _decoder(quantizer: SparseHooksQuantizer, *, last: bool) -> Any:
             if not is_blob(tensor):
                 return tensor
             shape = tuple(parameter.shape) if last else None
-            return decode(tensor.cpu(), installed_codecs(), name=name, shape=shape).to(tensor.device)
+            return decode(tensor.cpu(), codecs, name=name, shape=shape).to(tensor.device)
 
         @property
         def reverse_op(self) -> Any:

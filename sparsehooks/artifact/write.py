@@ -41,21 +41,26 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Pat
     Raises:
         ArtifactError: if the folder holds something else, or cannot be written.
     """
+    with new_folder(folder) as temporary:
+        write_model(model, temporary, **options)
+    return Path(folder)
+
+
+def write_model(model: nn.Module, folder: Path, **options: Any) -> None:
+    """What ``save_pretrained`` writes, into a folder that is there already."""
     from safetensors.torch import save_file
     from transformers import PreTrainedModel
 
     from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 
-    with new_folder(folder) as temporary:
-        if not isinstance(model, PreTrainedModel):
-            tensors, metadata = encode_state_dict(model.state_dict())
-            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", **metadata})
-            return Path(folder)
-        config = disarm(model)
-        arm(model, config or SparseHooksConfig())
-        try:
-            model.save_pretrained(temporary, **options)
-        finally:
-            if config is None:
-                disarm(model)
-    return Path(folder)
+    if not isinstance(model, PreTrainedModel):
+        tensors, metadata = encode_state_dict(model.state_dict())
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
+        return
+    config = disarm(model)
+    arm(model, config or SparseHooksConfig())
+    try:
+        model.save_pretrained(folder, **options)
+    finally:
+        if config is None:
+            disarm(model)

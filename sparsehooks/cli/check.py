@@ -12,7 +12,9 @@ from sparsehooks.cli.options import Json, NoAutoload, PluginNames, load_plugins,
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe.")],
-    model: Annotated[str | None, typer.Option(help="A folder or a Hub name: fit the recipe to it, without weights.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or a Hub name: fit the recipe to it, without weights.")
+    ] = None,
     plugin: PluginNames = [],  # noqa: B006
     no_autoload: NoAutoload = False,
     json: Json = False,

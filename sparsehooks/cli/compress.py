@@ -32,7 +32,9 @@ def run(
         compress(model, loaded, out, plugins=manager)
         found = inspect(out)
     if json:
-        print_json({"out": str(out), "bytes": found.bytes, "dense_bytes": found.dense_bytes, "sparsity": found.sparsity})
+        print_json(
+            {"out": str(out), "bytes": found.bytes, "dense_bytes": found.dense_bytes, "sparsity": found.sparsity}
+        )
         return
     share = found.bytes / found.dense_bytes
     typer.echo(

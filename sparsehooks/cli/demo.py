@@ -13,7 +13,9 @@ from sparsehooks.cli.options import Json, NoAutoload, PluginNames, load_plugins,
 def run(
     out: Annotated[Path, typer.Option(help="Where to save the compressed model.")] = Path("sparsehooks-demo"),
     recipe: Annotated[Path | None, typer.Option(help="Another recipe than the demo's own.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder with the full STS-B (train, dev and test .csv.gz).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with the full STS-B (train, dev and test .csv.gz).")
+    ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A short run that shows the path, not the quality.")] = False,
     plugin: PluginNames = [],  # noqa: B006
     no_autoload: NoAutoload = False,

@@ -41,4 +41,6 @@ def run(
         typer.echo(f"{rows[0]['signature']}\n\n{rows[0]['description']}")
         typer.echo(f"\nimplemented by: {', '.join(rows[0]['plugins']) or 'no plugin'}")
     else:
-        print_table(("hook", "called when", "plugins"), ((r["hook"], r["summary"], ", ".join(r["plugins"])) for r in rows))
+        print_table(
+            ("hook", "called when", "plugins"), ((r["hook"], r["summary"], ", ".join(r["plugins"])) for r in rows)
+        )

@@ -10,9 +10,7 @@ import typer
 from sparsehooks.cli.options import Json, human_bytes, print_json, print_table, progress_bar
 
 
-def run(
-    folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks saved.")], json: Json = False
-) -> None:
+def run(folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks saved.")], json: Json = False) -> None:
     """Show what lies in a saved model: each tensor's sparsity, codecs, bytes and bits a weight."""
     from sparsehooks.artifact.folder import inspect
 

@@ -10,9 +10,7 @@ import typer
 from sparsehooks.cli.options import Json, human_bytes, print_json, progress_bar
 
 
-def run(
-    folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks saved.")], json: Json = False
-) -> None:
+def run(folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks saved.")], json: Json = False) -> None:
     """Check every checksum of a saved model and decode all of it."""
     from sparsehooks.artifact.folder import verify
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.utils.generic import ModelOutput
 
 from sparsehooks.errors import SessionError
 from sparsehooks.session import Session
@@ -40,10 +43,23 @@ def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
         terms = session.loss_terms(outputs, inputs)
         if terms is not None:
             own = outputs.get("loss")
-            outputs["loss"] = terms if own is None else own + terms  # type: ignore[index]
+            return _with_loss(outputs, terms if own is None else own + terms)
         return outputs
 
     return ask_for_hidden_states(model, session) + [model.register_forward_hook(add, with_kwargs=True)]
+
+
+def _with_loss(outputs: Any, loss: Tensor) -> Any:
+    if hasattr(outputs, "loss") or not isinstance(outputs, ModelOutput):
+        outputs["loss"] = loss
+        return outputs
+    return _class_with_loss(type(outputs))(**outputs, loss=loss)
+
+
+@functools.cache
+def _class_with_loss(cls: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class of an encoder with a field for the loss: DDP rebuilds outputs from their fields."""
+    return dataclasses.make_dataclass(f"{cls.__name__}WithLoss", [("loss", Tensor | None, None)], bases=(cls,))
 
 
 def trains(module: nn.Module) -> bool:

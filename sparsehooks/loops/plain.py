@@ -67,6 +67,7 @@ def attach(
         handles.append(inner.register_step_pre_hook(lambda *_: session.before_step()))
         handles.append(inner.register_step_post_hook(lambda *_: session.after_step()))
         yield session
+        session.finish()
     except BaseException as error:
         session.abort(error)
         raise
@@ -74,6 +75,5 @@ def attach(
         for handle in handles:
             handle.remove()
         inner.param_groups[0].pop(KEY, None)
-    session.finish()
     if isinstance(unwrapped, PreTrainedModel):
         arm(unwrapped, SparseHooksConfig(recipe=session.plan.recipe.to_dict(), plugins=session.metadata))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsehooks.artifact.folder import new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
-from sparsehooks.artifact.write import save_pretrained
+from sparsehooks.artifact.write import write_model
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Use
 from sparsehooks.session import Session
+
 
 def compress(
     model_or_path: nn.Module | str | Path,
@@ -45,25 +49,28 @@ def compress(
         ArtifactError: if ``out`` cannot be written.
     """
     manager = as_manager(plugins)
-    recipe = at_once(Recipe.of(recipe, manager))
+    recipe = Recipe.of(recipe, manager)
+    Plan.build(recipe, manager)  # a schedule that does not apply shall be right all the same
+    recipe = at_once(recipe)
     if calibration is not None:
         warnings.warn("calibration data was given, but nothing in the recipe reads it", stacklevel=2)
-    source = None
-    model = model_or_path
-    if not isinstance(model, nn.Module):
-        model, source = open_model(model)
-    session = Session.of(recipe, manager, model, total_steps=0)
-    opened = isinstance(model, PreTrainedModel) and disarm(model) is not None
-    session.start(model, opened=opened)
-    session.finish()
-    if isinstance(model, PreTrainedModel):
-        arm(model, SparseHooksConfig(recipe=recipe.to_dict(), plugins=session.metadata))
-    if out is not None:
-        save_pretrained(model, out)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(out)
-        elif source is not None:
-            copy_companions(source, Path(out))
+    with nullcontext() if out is None else new_folder(out) as folder:  # a bad folder is refused before the work
+        if isinstance(model_or_path, nn.Module):
+            model, source = model_or_path, None
+        else:
+            model, source = open_model(model_or_path)
+        session = Session.of(recipe, manager, model, total_steps=0)
+        opened = isinstance(model, PreTrainedModel) and disarm(model) is not None
+        session.start(model, opened=opened)
+        session.finish()
+        if isinstance(model, PreTrainedModel):
+            arm(model, SparseHooksConfig(recipe=recipe.to_dict(), plugins=session.metadata))
+        if folder is not None:
+            write_model(model, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            elif source is not None:
+                copy_companions(source, folder)
     return model
 
 

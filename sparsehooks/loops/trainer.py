@@ -18,7 +18,7 @@ from sparsehooks.recipe import Recipe
 from sparsehooks.session import Session
 
 
-class CompressionCallback(TrainerCallback):  # type: ignore[misc]
+class CompressionCallback(TrainerCallback):
     """Compress the model while the Trainer trains it: ``trainer.add_callback(CompressionCallback("recipe.toml"))``.
 
     Checkpoints stay dense, so the Trainer resumes from them as from any other. When training ends, the model holds
@@ -59,8 +59,14 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         self.detach()  # the Trainer begins again after it found a batch size that fits
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if getattr(args, "deepspeed", None):
-            raise SessionError("DeepSpeed is not supported: it keeps the weights where masks cannot reach them; use DDP")
-        if self.adds_loss_terms and args.label_smoothing_factor and any(s.action == "distill" for s in self.recipe.stages):
+            raise SessionError(
+                "DeepSpeed is not supported: it keeps the weights where masks cannot reach them; use DDP"
+            )
+        if (
+            self.adds_loss_terms
+            and args.label_smoothing_factor
+            and any(s.action == "distill" for s in self.recipe.stages)
+        ):
             raise SessionError(
                 "with label smoothing the Trainer computes its own loss and the distillation would be lost; "
                 "use sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
@@ -73,7 +79,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 model,
                 getattr(optimizer, "optimizer", optimizer),
                 state.global_step,
-                folder=Path(args.output_dir),
+                folder=Path(args.output_dir or "."),
                 opened=opened,
             )
             attach = add_loss_terms if self.adds_loss_terms else ask_for_hidden_states
@@ -108,9 +114,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 if logs is not None:
                     logs["sparsity"] = self.session.sparsity
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass the metrics on."""
         if self.session is not None:
             with self._aborting() as session:
@@ -181,7 +185,7 @@ def attach_trainer(
                 loss = loss + terms * _scale(trainer, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    trainer.compute_loss = compute_loss_with_terms
+    trainer.compute_loss = compute_loss_with_terms  # type: ignore[method-assign]
     return callback
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sparsehooks import Component, hookimpl
-from sparsehooks.catalog import Registry
+from sparsehooks import Component, Registry, hookimpl
 
 
 @hookimpl

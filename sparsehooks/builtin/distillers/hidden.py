@@ -53,12 +53,10 @@ class Hidden(Distiller):
                 f"hidden: the student has {len(ours) - 1} layers and the teacher {len(theirs) - 1}; "
                 'use { use = "hidden", layers = "last" }'
             )
-        total: Tensor | float = 0.0
-        for state, goal in zip(ours, theirs, strict=True):
-            if learned:
-                state = state @ learned["projection"].to(state.dtype).t()
-            total = total + (state - goal).float().square().mean(dim=-1)
-        return batch.items(total / len(ours))
+        if learned:
+            ours = [state @ learned["projection"].to(state.dtype).t() for state in ours]
+        errors = [(state - goal).float().square().mean(dim=-1) for state, goal in zip(ours, theirs, strict=True)]
+        return batch.items(torch.stack(errors).mean(dim=0))
 
 
 def _width(model: nn.Module) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sparsehooks import Component, hookimpl
-from sparsehooks.catalog import Registry
+from sparsehooks import Component, Registry, hookimpl
 
 
 @hookimpl
@@ -23,7 +22,7 @@ def register_components(registry: Registry) -> None:
             name="n:m",
             target="sparsehooks.builtin.patterns.n_of_m:NOfM",
             summary="n of every m weights in a row stay, as 2:4",
-            shorthand=r'(?P<n>[0-9]+):(?P<m>[0-9]+)',
+            shorthand=r"(?P<n>[0-9]+):(?P<m>[0-9]+)",
         )
     )
     registry.add(

@@ -31,7 +31,8 @@ class Tiles(Pattern):
         units = {}
         for name, score in scores.items():
             height, width = self.tile(score.shape)
-            tiles = score.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+            rows, columns = score.shape
+            tiles = score.reshape(rows // height, height, columns // width, width).transpose(1, 2)
             here = tiles != float("-inf")  # what went in an earlier run scores minus infinity
             # bfloat16 would make most means equal
             total = torch.where(here, tiles, 0).to(torch.promote_types(score.dtype, torch.float32)).sum(dim=(2, 3))
