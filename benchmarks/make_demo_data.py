@@ -24,7 +24,7 @@ ABBREVIATION = re.compile(
 
 
 def write_gz(path: Path, text: str) -> None:
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -79,8 +79,7 @@ def good(sentence: str) -> bool:
 def wikitext(path: Path, limit: int) -> str:
     seen, kept = set(), []
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            line = line.strip()
+        for line in map(str.strip, file):
             if not line or line.startswith("="):
                 continue
             for sentence in split_sentences(detokenise(line)):

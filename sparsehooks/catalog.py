@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Component:
-    """What a plugin offers under a name.
+    r"""What a plugin offers under a name.
 
     Attributes:
         kind: one of the component kinds (``sparsehooks components`` lists them).
@@ -27,7 +27,7 @@ class Component:
             import: the class and what it needs are loaded when a recipe uses them.
         summary: one line for listings.
         shorthand: a regular expression whose named groups become options, for families of names:
-            ``r"(?P<n>\\d+):(?P<m>\\d+)"`` lets ``"2:4"`` mean ``{ use = "n:m", n = 2, m = 4 }``.
+            ``r"(?P<n>\d+):(?P<m>\d+)"`` lets ``"2:4"`` mean ``{ use = "n:m", n = 2, m = 4 }``.
     """
 
     kind: str

@@ -53,7 +53,7 @@ class ComponentBase(ABC):
         """What must survive a checkpoint, as tensors. Default: nothing."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most components have no state
         """Take back what ``state_dict`` gave. Default: nothing to take."""
 
 
@@ -131,7 +131,7 @@ class Allocation(ComponentBase):
 
         Args:
             units: the score of each unit, one tensor a matrix.
-            sparsity: in [0, 1), a share of the units.
+            sparsity: in [0, 1], a share of the units; 1 only where a unit that goes leaves some weights (N:M).
         """
 
 
@@ -174,7 +174,7 @@ class Moment:
         check_moment("start", self.start)
 
 
-def check_moment(key: str, value: float | int) -> None:
+def check_moment(key: str, value: float) -> None:
     """Refuse a point in time that is outside the run, with a ``ValueError``."""
     if isinstance(value, float) and not 0.0 <= value <= 1.0:
         raise ValueError(f"'{key}' = {value} is not a fraction of the run in [0, 1]")
@@ -213,7 +213,7 @@ class Schedule(ComponentBase):
         return 0.0 if step < first else self.sparsity((step - first) / (last - first))
 
 
-def _step(moment: float | int, total_steps: int) -> int:
+def _step(moment: float, total_steps: int) -> int:
     return round(moment * total_steps) if isinstance(moment, float) else moment
 
 
@@ -279,8 +279,8 @@ class Batch:
         mask = self.inputs.get("attention_mask")
         if mask is None or mask.shape != values.shape:
             return values.mean(dim=1)
-        mask = mask.to(values.dtype)
-        return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        weights: Tensor = mask.to(values.dtype)
+        return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 class Distiller(ComponentBase):

@@ -6,7 +6,7 @@ change nothing: a run with and without them ends with the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,3 +131,9 @@ def session_finished(session: SessionView, error: BaseException | None) -> None:
     :param session: a read-only view.
     :param error: what ended the run, or None.
     """
+
+
+HOOKS: Mapping[str, Callable[..., Any]] = {
+    name: value for name, value in list(globals().items()) if hasattr(value, f"{PROJECT}_spec")
+}
+"""Every hook by name, in the order in which a run calls them."""

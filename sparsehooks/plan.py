@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sparsehooks.components import Allocation, ComponentBase, Pattern, Schedule
 from sparsehooks.decoding import decode
+from sparsehooks.discovery import require
 from sparsehooks.errors import PlanError, PluginError, RecipeError
-from sparsehooks.plugins import PluginManager, attributed, require
+from sparsehooks.plugins import PluginManager, attributed
 from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Stage, Use
 from sparsehooks.targets import Target, find
 

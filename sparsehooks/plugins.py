@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 import itertools
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,7 +18,16 @@ import pluggy
 
 from sparsehooks import hookspecs
 from sparsehooks.catalog import Catalog, Record, Registry, suggest
-from sparsehooks.errors import PluginError
+from sparsehooks.discovery import (
+    check_implementations,
+    distribution_of,
+    implementations,
+    import_file,
+    importer,
+    marked,
+    version_of,
+)
+from sparsehooks.errors import PluginError, SparseHooksError
 
 if TYPE_CHECKING:
     from sparsehooks.masks import MaskChange
@@ -40,11 +47,6 @@ BUILTINS = (
     "backends",
 )
 """The built-in plugins, each the module ``sparsehooks.builtin.NAME``; they come in through the same door as others."""
-
-HOOKS: Mapping[str, Callable[..., Any]] = {
-    name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")
-}
-"""Every hook by name, in the order in which a run calls them."""
 
 
 @dataclass(eq=False)
@@ -109,9 +111,9 @@ class PluginManager:
         self._blocked = {name[3:] for _, name in named if name.startswith("no:")}
         for name in BUILTINS:
             module = f"sparsehooks.builtin.{name}"
-            self._load(Plugin(name, "builtin", "sparsehooks", _version("sparsehooks")), _importer(module))
+            self._load(Plugin(name, "builtin", "sparsehooks", version_of("sparsehooks")), importer(module))
         entry_points = sorted(
-            metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: (_distribution(entry)[0] or "", entry.name)
+            metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: (distribution_of(entry)[0] or "", entry.name)
         )
         if autoload and os.environ.get("SPARSEHOOKS_DISABLE_PLUGIN_AUTOLOAD", "") in ("", "0"):
             for entry in entry_points:
@@ -143,7 +145,7 @@ class PluginManager:
             try:
                 for name, function in implementations(plugin.module):
                     if name == "register_components":
-                        function(*((registry,) if _arguments(function) else ()))
+                        function(*((registry,) if inspect.signature(function).parameters else ()))
             except (Exception, SystemExit) as error:  # noqa: BLE001 - one plugin must not stop the others
                 plugin.error = _one_line(error)
                 self._pluggy.unregister(name=plugin.name)
@@ -232,11 +234,11 @@ class PluginManager:
     def _load_named(self, name: str, source: Any, entry_points: Sequence[metadata.EntryPoint]) -> None:
         if name.endswith(".py"):
             path = Path(name)
-            self._load(Plugin(path.stem, source), lambda: _import_file(path))
+            self._load(Plugin(path.stem, source), lambda: import_file(path))
         elif all(known.name != name for known in self.plugins):
             entry = next((entry for entry in entry_points if entry.name == name), None)
             if entry is None:
-                self._load(Plugin(name, source), _importer(name))
+                self._load(Plugin(name, source), importer(name))
             else:
                 self._load(_from_entry_point(entry, source), entry.load)
 
@@ -252,6 +254,8 @@ class PluginManager:
                 if namesake is not None:
                     raise PluginError(f"its name is taken by plugin {namesake.describe()}")
                 check_implementations(plugin.module)
+                if not plugin.hooks:
+                    raise PluginError("it implements no hook, so it is no plugin of sparsehooks")
                 self._pluggy.register(_Implementations(plugin.module), name=plugin.name)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - one plugin must not stop the others
                 plugin.error = _one_line(error)
@@ -269,7 +273,7 @@ class _Implementations:
     """The hook implementations of a plugin: what pluggy gets, because it compares plugins by their own ``==``."""
 
     def __init__(self, plugin: Any) -> None:
-        for attribute, _ in _marked(plugin):
+        for attribute, _ in marked(plugin):
             setattr(self, attribute, getattr(plugin, attribute))
 
 
@@ -279,6 +283,8 @@ def _attributed(plugin: Plugin, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if plugin.source == "builtin" and isinstance(error, SparseHooksError):
+            raise  # a sentence of ours about what the user gave
         error.add_note(f"sparsehooks: raised by plugin {plugin.describe()} in {where}")
         error.add_note(f"             to run without it: -p no:{plugin.name}")
         raise
@@ -290,61 +296,19 @@ def attributed(record: Record) -> AbstractContextManager[None]:
 
 
 def as_manager(plugins: Sequence[Any] | PluginManager = ()) -> PluginManager:
-    """The manager itself, or a new one with these plugins."""
-    return plugins if isinstance(plugins, PluginManager) else PluginManager(plugins)
+    """The manager itself, or a new one with these plugins, which warns of those that are broken."""
+    if isinstance(plugins, PluginManager):
+        return plugins
+    manager = PluginManager(plugins)
+    for plugin in manager.broken():
+        warnings.warn(f"plugin {plugin.describe()} could not be loaded: {plugin.error}", stacklevel=3)
+    return manager
 
 
 @functools.cache
 def installed_catalog() -> Catalog:
     """The components of the installed, enabled plugins: all that opening a file may use."""
     return PluginManager().catalog
-
-
-def implementations(plugin: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """The hook implementations of a plugin: (hook name, function)."""
-    return [(options.get("specname") or name, getattr(plugin, name)) for name, options in _marked(plugin)]
-
-
-def _marked(plugin: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The attributes that carry the marker, and its options; properties are not run."""
-    for attribute in dir(plugin):
-        function = inspect.getattr_static(plugin, attribute, None)
-        options = getattr(getattr(function, "__func__", function), f"{hookspecs.PROJECT}_impl", None)
-        if options is not None:
-            yield attribute, options
-
-
-def check_implementations(plugin: Any) -> None:
-    """What pluggy does not check: misspelt names, arguments it would never pass, wrappers, forgotten markers.
-
-    Raises:
-        PluginError: in one sentence.
-    """
-    if isinstance(plugin, type):
-        raise PluginError(f"{plugin.__name__} is a class; register an instance of it")
-    for name, function in implementations(plugin):
-        if name not in HOOKS:
-            raise PluginError(f"there is no hook '{name}'{suggest(name, HOOKS)}")
-        if inspect.isgeneratorfunction(function):
-            raise PluginError(f"{name}() contains 'yield': hook wrappers are not supported")
-        allowed = list(inspect.signature(HOOKS[name]).parameters)
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.name not in allowed:
-                hint = suggest(parameter.name, allowed)
-                raise PluginError(f"{name}() has no argument '{parameter.name}'{hint}")
-            if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-                raise PluginError(f"{name}(): '{parameter.name}' must be a plain positional argument")
-    marked = {name for name, _ in implementations(plugin)}
-    for name in HOOKS:
-        function = inspect.getattr_static(plugin, name, None)
-        function = getattr(function, "__func__", function)
-        own = inspect.isfunction(function) and function is not HOOKS[name]
-        if own and name not in marked:
-            raise PluginError(f"{name}() is named like a hook but not marked with @sparsehooks.hookimpl")
-
-
-def _arguments(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def _one_line(error: BaseException) -> str:
@@ -359,65 +323,5 @@ def _itself(item: Any) -> Any:
     return item
 
 
-def _importer(module: str) -> Callable[[], Any]:
-    return lambda: importlib.import_module(module)
-
-
-def _import_file(path: Path) -> Any:
-    """Import a file under its stem, so that ``target="stem:Class"`` works and pickling finds it."""
-    if not path.is_file():
-        raise PluginError(f"there is no file '{path}'")
-    if path.stem in sys.modules:
-        loaded = getattr(sys.modules[path.stem], "__file__", None)
-        if loaded is not None and Path(loaded).resolve() == path.resolve():
-            return sys.modules[path.stem]
-        raise PluginError(f"'{path}' would hide the module '{path.stem}'; rename the file")
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    assert specification is not None  # a .py file always has one,
-    assert specification.loader is not None  # and a loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[path.stem] = module
-    try:
-        specification.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
-    return module
-
-
 def _from_entry_point(entry: metadata.EntryPoint, source: Any) -> Plugin:
-    return Plugin(entry.name, source, *_distribution(entry))
-
-
-def _distribution(entry: metadata.EntryPoint) -> tuple[str | None, str | None]:
-    """The name and version of an entry point's distribution; None where its metadata is damaged."""
-    try:
-        return (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
-    except Exception:  # noqa: BLE001 - a half-removed distribution raises differently in each version of Python
-        return None, None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:  # a source tree that was never installed
-        return None
-
-
-def require(requirements: Iterable[str]) -> list[str]:
-    """The problems with a recipe's ``requires``: distributions that are missing or have the wrong version."""
-    from packaging.requirements import InvalidRequirement, Requirement  # a dependency of transformers
-
-    problems = []
-    for text in requirements:
-        try:
-            wanted = Requirement(text)
-        except InvalidRequirement:
-            problems.append(f"recipe.requires: '{text}' is not a requirement such as 'sparsehooks-wanda>=1.2'")
-            continue
-        version = _version(wanted.name)
-        if version is None:
-            problems.append(f"recipe.requires: '{wanted.name}' is not installed; run pip install '{text}'")
-        elif not wanted.specifier.contains(version, prereleases=True):
-            problems.append(f"recipe.requires: '{text}' is needed, {wanted.name} {version} is installed")
-    return problems
+    return Plugin(entry.name, source, *distribution_of(entry))

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import Ordered, arguments, copied, prune, sentences, texts, tiny_bert, tiny_llama
 
 import sparsehooks
-
-from helpers import Ordered, arguments, copied, prune, sentences, texts, tiny_bert, tiny_llama
 
 RECIPE = {
     "stage": [

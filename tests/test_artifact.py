@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from helpers import copied, prune, same_state, tiny_bert, tiny_classifier, tiny_llama
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -19,8 +21,6 @@ from transformers import (
 
 import sparsehooks
 from sparsehooks import ArtifactError, SparseHooksError
-
-from helpers import copied, prune, same_state, tiny_bert, tiny_classifier, tiny_llama
 
 RECIPE = {"stage": [*prune(0.8)["stage"], {"quantize": "int8", "targets": ["Linear", "Embedding"]}]}
 
@@ -210,9 +210,8 @@ def test_a_damaged_artifact_is_refused(tmp_path, damage):
         config = json.loads((tmp_path / "a" / "config.json").read_text())
         config["quantization_config"]["version"] = "99"
         (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception) as raised:
+    with pytest.raises((ArtifactError, RuntimeError, OSError, SafetensorError)):
         AutoModel.from_pretrained(tmp_path / "a")
-    assert not isinstance(raised.value, AssertionError)
     if damage != "version":
         with pytest.raises(ArtifactError):
             sparsehooks.verify(tmp_path / "a")

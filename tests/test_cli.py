@@ -8,12 +8,11 @@ import sys
 import time
 
 import pytest
+from helpers import same_state, tiny_bert
 from transformers import AutoModel
 
 import sparsehooks as library
 from sparsehooks.cli import main
-
-from helpers import same_state, tiny_bert
 
 RECIPE = """
 [[stage]]
@@ -150,9 +149,7 @@ def test_bad_recipes_are_one_sentence_and_status_2(folder, inside, tmp_path, nam
     lines = done.err.strip().splitlines()
     assert all(line.startswith("error: ") for line in lines)
     assert message in lines[0]
-    done = inside(
-        "compress", folder / "dense", "--recipe", tmp_path / "bad.toml", "--out", tmp_path / "out", status=2
-    )
+    done = inside("compress", folder / "dense", "--recipe", tmp_path / "bad.toml", "--out", tmp_path / "out", status=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import same_state
 from transformers import AutoModel
 
 import sparsehooks  # noqa: F401 - opens the artifact
-
-from helpers import same_state
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
 

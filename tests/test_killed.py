@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import arguments, copied, prune, same_state, sentences, tiny_bert
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import sparsehooks
-
-from helpers import arguments, copied, prune, same_state, sentences, tiny_bert
 
 RECIPE = {
     "stage": [

@@ -13,8 +13,10 @@ from helpers import copied
 
 import sparsehooks
 from sparsehooks import Component, Criterion, PlanError, PluginError, PluginManager, Recipe, hookimpl
+from sparsehooks.discovery import require
+from sparsehooks.hookspecs import HOOKS
 from sparsehooks.plan import Plan
-from sparsehooks.plugins import BUILTINS, HOOKS, require
+from sparsehooks.plugins import BUILTINS
 
 OFFERS = """
     import sparsehooks
@@ -69,17 +71,28 @@ def module(source, name="local_plugin"):
     return made
 
 
+LISTENS = "import sparsehooks\n@sparsehooks.hookimpl\ndef step_finished(step): pass\n"
+
+
 # ------------------------------------------------------------------------------------------------------ discovery
+
+
+def test_what_implements_no_hook_is_no_plugin():
+    manager = PluginManager(["json", object()])
+    assert [plugin.name for plugin in manager.broken()] == ["json", "object"]
+    assert all("implements no hook" in plugin.status for plugin in manager.broken())
+    with pytest.warns(UserWarning, match="'json'.*implements no hook"):
+        sparsehooks.CompressionCallback({"stage": [{"quantize": "int8"}]}, plugins=["json"])
 
 
 def test_plugins_come_in_the_documented_order(install, tmp_path, monkeypatch):
     for distribution in ("zeta", "acme", "mid"):
         install(distribution)
-    (tmp_path / "site-packages" / "from_environment.py").write_text("")
-    (tmp_path / "site-packages" / "from_name.py").write_text("")
-    (tmp_path / "from_file.py").write_text("")
+    (tmp_path / "site-packages" / "from_environment.py").write_text(LISTENS)
+    (tmp_path / "site-packages" / "from_name.py").write_text(LISTENS)
+    (tmp_path / "from_file.py").write_text(LISTENS)
     monkeypatch.setenv("SPARSEHOOKS_PLUGINS", " from_environment , ")
-    manager = PluginManager([Observer(), "from_name", tmp_path / "from_file.py", module("", "from_python")])
+    manager = PluginManager([Observer(), "from_name", tmp_path / "from_file.py", module(LISTENS, "from_python")])
     order = names(manager)
     assert order[: len(BUILTINS)] == list(BUILTINS)
     assert [name for name in order if name in ("acme", "mid", "zeta")] == ["acme", "mid", "zeta"]
@@ -122,7 +135,7 @@ def test_a_plugin_that_is_asked_for_twice_is_there_once(install, tmp_path, monke
     install("acme-score", entry="acme")
     monkeypatch.setenv("SPARSEHOOKS_PLUGINS", "acme")
     path, observer = tmp_path / "mine.py", Observer()
-    path.write_text("")
+    path.write_text(LISTENS)
     manager = PluginManager(["acme", "acme_score", path, str(path), observer, observer, "toml"])
     assert [name for name in names(manager) if name in ("acme", "acme_score", "mine", "Observer", "toml")] == [
         "toml", "acme", "mine", "Observer",
@@ -166,7 +179,7 @@ def test_a_file_is_imported_under_its_stem(tmp_path):
 
 def test_a_file_that_would_hide_a_module_is_refused(tmp_path):
     path = tmp_path / "textwrap.py"
-    path.write_text("")
+    path.write_text(LISTENS)
     plugin = found(PluginManager([path], autoload=False), "textwrap")
     assert plugin.error == f"PluginError: '{path}' would hide the module 'textwrap'; rename the file"
     assert sys.modules["textwrap"] is textwrap
@@ -305,7 +318,7 @@ def test_two_distributions_with_one_plugin_name_are_not_mixed_up(install):
 def test_a_file_with_the_name_of_an_installed_plugin_is_not_ignored(install, tmp_path):
     install("acme-score", entry="mine")
     path = tmp_path / "mine.py"
-    path.write_text("")
+    path.write_text(LISTENS)
     errors = [plugin.error for plugin in PluginManager([path]).plugins if plugin.name == "mine"]
     assert errors == [None, "PluginError: its name is taken by plugin 'mine' (acme-score 1.0)"]
 

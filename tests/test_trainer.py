@@ -7,23 +7,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-)
-
-import sparsehooks
-from sparsehooks import CompressionCallback, SessionError, attach_trainer
-from sparsehooks.artifact.folder import Folder
-
 from helpers import (
     Ordered,
     arguments,
@@ -40,6 +23,22 @@ from helpers import (
     tiny_llama,
     zeros,
 )
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
+
+import sparsehooks
+from sparsehooks import CompressionCallback, SessionError, attach_trainer
+from sparsehooks.artifact.folder import Folder
 
 DISTIL = {"distill": {"use": "hidden", "layers": "all"}}
 KL = {"distill": {"use": "kl", "temperature": 2.0}, "weight": 0.5}
@@ -319,10 +318,9 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, name):
     def run(folder, resume=None):
         model = tiny_bert() if name == "everything" else tiny_classifier()
         data = sentences() if name == "everything" else labelled()
-        trainer = train(
+        return train(
             model, folder, RECIPES[name], data, resume=resume, save_strategy="steps", save_steps=5, save_total_limit=4
         )
-        return trainer
 
     whole = run(tmp_path / "whole")
     for step in (5, 10):

@@ -139,7 +139,7 @@ def disarm(model: Any) -> SparseHooksConfig | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, SparseHooksQuantizer):
         return None
-    quantizer.remove_quantization_config(model)
+    quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
     return cast(SparseHooksConfig, quantizer.quantization_config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def run(
 
         skeleton = open_skeleton(model)
     plan = Plan.build(loaded, manager, skeleton)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "stage": stage.label,
             "components": {key: bound.record.component.name for key, bound in stage.components.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,12 +19,12 @@ def run(
     """List the hooks in the order in which a run calls them, or describe one."""
     from sparsehooks.catalog import suggest
     from sparsehooks.errors import PluginError
-    from sparsehooks.plugins import HOOKS
+    from sparsehooks.hookspecs import HOOKS
 
     if name is not None and name not in HOOKS:
         raise PluginError(f"there is no hook '{name}'{suggest(name, HOOKS)}")
     plugins = load_plugins(plugin, no_autoload=no_autoload).plugins
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "hook": hook,
             "signature": f"{hook}{inspect.signature(function)}".replace("'", ""),

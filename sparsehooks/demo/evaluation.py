@@ -1,4 +1,4 @@
-"""What the demo measures, in a process of its own: ``python -m sparsehooks.demo.evaluation DENSE COMPRESSED [DATA]``."""
+"""What the demo measures, in a process of its own."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def train(
             logging_steps=10,
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
-        train_dataset=[{key: values[index] for key, values in encoded.items()} for index in range(len(texts))],  # type: ignore[arg-type]
+        train_dataset=[{key: values[index] for key, values in encoded.items()} for index in range(len(texts))],
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[_Progress(callback, moved)],
     )

@@ -46,7 +46,7 @@ def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
             return _with_loss(outputs, terms if own is None else own + terms)
         return outputs
 
-    return ask_for_hidden_states(model, session) + [model.register_forward_hook(add, with_kwargs=True)]
+    return [*ask_for_hidden_states(model, session), model.register_forward_hook(add, with_kwargs=True)]
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:

@@ -241,7 +241,5 @@ def test_importing_it_imports_neither_torch_nor_tensorboard():
         "print([m for m in ('torch', 'tensorboard', 'numpy') if m in sys.modules])"
     )
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=paths
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=paths)
     assert run.stdout.strip() == "[]"

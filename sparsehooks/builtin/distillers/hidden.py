@@ -24,7 +24,7 @@ class Options:
 
 
 class Hidden(Distiller):
-    """The mean squared error of hidden states (Romero et al. 2015, arXiv:1412.6550; Jiao et al. 2020, arXiv:1909.10351).
+    """The mean squared error of hidden states (Romero et al. 2015; Jiao et al. 2020, arXiv:1909.10351).
 
     Where the widths differ, a learned projection takes the student's states to the teacher's width; it is dropped
     when the model is saved.
