@@ -126,7 +126,10 @@ def artifact_metadata(session: SessionView) -> Mapping[str, str] | None:
 def session_finished(session: SessionView, error: BaseException | None) -> None:
     """A run ended.
 
-    Called always, also after a failure; all plugins are called, and their own errors are raised together.
+    Called always, also after a failure; all plugins are called, and their own errors are raised together. One
+    exception: the Trainer tells its callbacks nothing of an error in the user's own code, so with
+    ``CompressionCallback`` this hook then waits for ``callback.detach()`` or the next ``train()``;
+    ``attach_trainer`` calls it at once.
 
     :param session: a read-only view.
     :param error: what ended the run, or None.

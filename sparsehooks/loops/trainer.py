@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ class CompressionCallback(TrainerCallback):
         self._complete = False
 
     def detach(self, error: BaseException | None = None) -> None:
-        """Undo everything that a run which did not end has left on the model. Training that ends does this itself."""
+        """Undo what a run that broke off has left on the model: call it after an error in your own code.
+
+        Training that ends, an error of sparsehooks, and the next ``train()`` do this by themselves.
+        """
         session, self.session = self.session, None
         for handle in self._handles:
             handle.remove()
@@ -160,8 +164,9 @@ def attach_trainer(
     """Add the callback to a Trainer that computes its own loss, and in front of the callbacks that log.
 
     The same as ``trainer.add_callback(CompressionCallback(recipe))``, and in addition: loss terms are added after
-    ``trainer.compute_loss``, so they hold with label smoothing and ``compute_loss_func``; and the sparsity reaches
-    loggers (Weights & Biases, TensorBoard), which read the logs before later callbacks.
+    ``trainer.compute_loss``, so they hold with label smoothing and ``compute_loss_func``; the sparsity reaches
+    loggers (Weights & Biases, TensorBoard), which read the logs before later callbacks; and whatever ends
+    ``trainer.train()`` leaves nothing attached.
 
     Returns:
         the callback.
@@ -185,7 +190,18 @@ def attach_trainer(
                 loss = loss + terms * _scale(trainer, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_and_detach(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException as error:
+            callback.detach(error)  # the Trainer does not tell its callbacks
+            raise
+
     trainer.compute_loss = compute_loss_with_terms  # type: ignore[method-assign]
+    trainer.train = train_and_detach  # type: ignore[method-assign]
     return callback
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparsehooks import Component, hookimpl
+from sparsehooks import Component, Registry, hookimpl
 
 if TYPE_CHECKING:
-    from sparsehooks.catalog import Registry
-
+    
 
 @hookimpl
 def register_components(registry: Registry) -> None:
