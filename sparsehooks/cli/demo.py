@@ -17,6 +17,7 @@ def run(
         Path | None, typer.Option(help="A folder with the full STS-B (train, dev and test .csv.gz).")
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A short run that shows the path, not the quality.")] = False,
+    seed: Annotated[int, typer.Option(help="The seed of the order of the batches.")] = 0,
     plugin: PluginNames = [],  # noqa: B006
     no_autoload: NoAutoload = False,
     json: Json = False,
@@ -25,7 +26,7 @@ def run(
     from sparsehooks.demo import run_demo
 
     manager = load_plugins(plugin, no_autoload=no_autoload)
-    result = run_demo(out, recipe=recipe, data=data, fast=fast, plugins=manager)
+    result = run_demo(out, recipe=recipe, data=data, fast=fast, seed=seed, plugins=manager)
     if json:
         print_json(result.to_dict())
         return

@@ -72,6 +72,7 @@ def run_demo(
     recipe: Path | None = None,
     data: Path | None = None,
     fast: bool = False,
+    seed: int = 0,
     plugins: Sequence[Any] | PluginManager = (),
 ) -> DemoResult:
     """Train, save, reopen in a new process and compare.
@@ -81,6 +82,7 @@ def run_demo(
         recipe: another recipe than ``recipe.toml`` beside this file.
         data: a folder with ``train.csv.gz``, ``dev.csv.gz`` and ``test.csv.gz`` of the full STS-B.
         fast: a short run that shows the path, not the quality.
+        seed: of the order of the batches.
         plugins: see ``PluginManager``.
 
     Raises:
@@ -109,7 +111,7 @@ def run_demo(
 
         with tempfile.TemporaryDirectory() as scratch, new_folder(out) as folder:
             rate = FAST_LEARNING_RATE if fast else LEARNING_RATE
-            sparsity = train(dense, folder, loaded, manager, texts, Path(scratch), steps, rate, moved)
+            sparsity = train(dense, folder, loaded, manager, texts, Path(scratch), steps, rate, seed, moved)
             moved("saved; reopening in a new process")
         measured = _measure(dense, out, data)
         moved("done")

@@ -35,6 +35,7 @@ def train(
     scratch: Path,
     steps: int,
     learning_rate: float,
+    seed: int,
     moved: Callable[[str], None],
 ) -> float:
     """Compress the dense model on the texts and save it.
@@ -48,6 +49,7 @@ def train(
         scratch: the Trainer's own output folder.
         steps: optimizer steps.
         learning_rate: the peak of the linear schedule.
+        seed: of the order of the batches.
         moved: called after each step with a line for the progress bar.
 
     Returns:
@@ -55,7 +57,7 @@ def train(
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    set_seed(0)
+    set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(dense)
     model = AutoModel.from_pretrained(dense)
     for module in model.modules():
@@ -72,6 +74,7 @@ def train(
             per_device_train_batch_size=BATCH,
             train_sampling_strategy="group_by_length",
             learning_rate=learning_rate,
+            seed=seed,
             warmup_steps=max(1, steps // 20),
             save_strategy="no",
             report_to=[],

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sparsehooks import Component, Registry, hookimpl
 
-if TYPE_CHECKING:
-    
 
 @hookimpl
 def register_components(registry: Registry) -> None:
