@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsehooks.components import KINDS, ComponentBase
-from sparsehooks.errors import PluginError
-
-if TYPE_CHECKING:
-    from sparsehooks.plugins import Plugin, PluginManager
+from sparsehooks.discovery import Plugin
+from sparsehooks.errors import PluginError, suggest
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,16 @@ class Catalog:
 
     Two components of one kind and name are kept as a conflict, which raises when a recipe needs that name: a clash
     stops nothing else.
+
+    Args:
+        records: what they registered.
+        plugins: the set, with those that are broken.
     """
 
-    def __init__(self, manager: PluginManager) -> None:
-        self._manager = manager
+    def __init__(self, records: Iterable[Record], plugins: Sequence[Plugin]) -> None:
+        self._plugins = plugins
         self._records: dict[tuple[str, str], list[Record]] = {}
-        for record in manager.register_components():
+        for record in records:
             key = (record.component.kind, record.component.name)
             self._records.setdefault(key, []).append(record)
 
@@ -134,7 +135,7 @@ class Catalog:
             options = {key: int(value) if value.isdecimal() else value for key, value in given.items()}
             return self._only(kind, full), options
         known = [key[1] for key in self._records if key[0] == kind]
-        broken = "".join(f"; plugin {p.describe()} failed to load: {p.error}" for p in self._manager.broken())
+        broken = "".join(f"; plugin {p.describe()} failed to load: {p.error}" for p in self._plugins if p.error)
         raise PluginError(f"no plugin offers the {kind} '{name}'{suggest(name, known)}{broken}")
 
     def create(self, kind: str, name: str) -> ComponentBase:
@@ -150,12 +151,3 @@ class Catalog:
                 f"the {kind} '{name}' is offered by {owners}; switch one off with -p no:{records[-1].plugin.name}"
             )
         return records[0]
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest known name, else the known names, else nothing."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from sparsehooks.views import Batch, Layout, WeightView
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -58,27 +60,6 @@ class ComponentBase(ABC):
 
 
 # --------------------------------------------------------------------------------------------------- pruning
-
-
-@dataclass(frozen=True)
-class WeightView:
-    """One prunable weight, as a criterion sees it.
-
-    Attributes:
-        name: the parameter's name in the model.
-        weight: the detached values as a matrix, shape (out_features, everything else), in the parameter's dtype.
-        seed: a number fixed by the recipe's seed, the stage, the step and the name: equal on every rank.
-    """
-
-    name: str
-    weight: Tensor
-    seed: int
-
-    def generator(self) -> torch.Generator:
-        """A CPU random generator seeded with ``seed``."""
-        import torch
-
-        return torch.Generator().manual_seed(self.seed)
 
 
 class Criterion(ComponentBase):
@@ -245,44 +226,6 @@ class Quantizer(ComponentBase):
 # ---------------------------------------------------------------------------------------------- distillation
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What a distiller sees of a batch besides the outputs.
-
-    Attributes:
-        inputs: the keyword arguments of the student's forward.
-        shifts_labels: whether the model's own loss compares position i with label i + 1 (causal language models).
-    """
-
-    inputs: Mapping[str, Any]
-    shifts_labels: bool = False
-
-    def items(self, values: Tensor) -> Tensor:
-        """One value for each item that the Trainer counts.
-
-        Args:
-            values: shape (samples,), returned as it is, or (samples, tokens).
-
-        Returns:
-            shape (items,). With token labels: the values at labels other than -100 (shifted where the model's loss
-            shifts). Without: the mean over each sample's tokens that the attention mask does not exclude.
-        """
-        if values.dim() == 1:
-            return values
-        labels = self.inputs.get("shift_labels")
-        if labels is None:
-            labels = self.inputs.get("labels")
-            if labels is not None and self.shifts_labels:
-                labels, values = labels[:, 1:], values[:, :-1]
-        if labels is not None and labels.shape == values.shape:
-            return values[labels != -100]
-        mask = self.inputs.get("attention_mask")
-        if mask is None or mask.shape != values.shape:
-            return values.mean(dim=1)
-        weights: Tensor = mask.to(values.dtype)
-        return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-
-
 class Distiller(ComponentBase):
     """What does the teacher teach?"""
 
@@ -312,30 +255,6 @@ class Distiller(ComponentBase):
 
 
 # ---------------------------------------------------------------------------------------------------- storage
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is known of an encoded tensor before its sections are read.
-
-    Attributes:
-        dtype: the safetensors name of the tensor's dtype ("F32", "BF16", "F16", ...).
-        rows: the first dimension.
-        columns: the product of the other dimensions.
-        count: how many values the position codec keeps; ``rows * columns`` without one.
-        row_counts: int64 (rows,), how many of them lie in each row. Only values codecs receive it.
-    """
-
-    dtype: str
-    rows: int
-    columns: int
-    count: int
-    row_counts: np.ndarray | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return self.rows * self.columns
 
 
 class Codec(ComponentBase):

@@ -8,8 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from sparsehooks.catalog import suggest
-from sparsehooks.errors import RecipeError
+from sparsehooks.errors import RecipeError, suggest
 
 T = TypeVar("T")
 

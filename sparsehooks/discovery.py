@@ -7,13 +7,52 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sparsehooks.catalog import suggest
-from sparsehooks.errors import PluginError
+from sparsehooks.errors import PluginError, suggest
 from sparsehooks.hookspecs import HOOKS, PROJECT
+
+
+@dataclass(eq=False)
+class Plugin:
+    """One plugin and how it fared.
+
+    Attributes:
+        name: what ``-p no:NAME`` takes.
+        source: how it was found.
+        distribution: the distribution that provides it, if any.
+        version: that distribution's version.
+        module: the plugin itself, once it is loaded.
+        error: why it cannot be used, in one line.
+        blocked: whether it was switched off.
+    """
+
+    name: str
+    source: Literal["builtin", "entry point", "environment", "command line", "python"]
+    distribution: str | None = None
+    version: str | None = None
+    module: Any = None
+    error: str | None = None
+    blocked: bool = False
+    components: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """``'name' (distribution version)``."""
+        owner = f" ({self.distribution} {self.version})" if self.distribution else f" ({self.source})"
+        return f"'{self.name}'{owner}"
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``off``, or the error."""
+        return "off" if self.blocked else self.error or "ok"
+
+    @property
+    def hooks(self) -> list[str]:
+        """The hooks that it implements."""
+        return [name for name, _ in implementations(self.module)] if self.module is not None else []
 
 
 def implementations(plugin: Any) -> list[tuple[str, Callable[..., Any]]]:
@@ -84,6 +123,11 @@ def import_file(path: Path) -> Any:
         del sys.modules[path.stem]
         raise
     return module
+
+
+def from_entry_point(entry: metadata.EntryPoint, source: Any) -> Plugin:
+    """The plugin of an entry point, not loaded yet."""
+    return Plugin(entry.name, source, *distribution_of(entry))
 
 
 def distribution_of(entry: metadata.EntryPoint) -> tuple[str | None, str | None]:

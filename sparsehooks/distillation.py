@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.components import Batch, Distiller, Need
+from sparsehooks.components import Distiller, Need
 from sparsehooks.distributed import average, once, seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage
 from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, write_start
+from sparsehooks.views import Batch
 
 if TYPE_CHECKING:
     from sparsehooks.plan import PlannedStage

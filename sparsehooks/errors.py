@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -35,3 +36,12 @@ class SessionError(SparseHooksError):
 
 class ArtifactError(SparseHooksError):
     """A saved model that cannot be written, or that is missing, damaged or not what it says it is."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest known name, else the known names, else nothing."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsehooks.catalog import Registry
     from sparsehooks.masks import MaskChange
     from sparsehooks.plan import Plan
-    from sparsehooks.session import SessionView
+    from sparsehooks.views import SessionView
 
 PROJECT = "sparsehooks"
 hookspec = pluggy.HookspecMarker(PROJECT)

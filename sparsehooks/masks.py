@@ -169,7 +169,7 @@ def apply(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.numel() <= CHUNK or tensor.device.type != "cpu":
         return (tensor,)
-    return tensor.split(max(1, CHUNK * tensor.shape[0] // tensor.numel()))
+    return tuple(tensor.split(max(1, CHUNK * tensor.shape[0] // tensor.numel())))
 
 
 def pack(mask: Tensor) -> Tensor:

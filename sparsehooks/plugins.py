@@ -9,30 +9,31 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from sparsehooks import hookspecs
-from sparsehooks.catalog import Catalog, Record, Registry, suggest
+from sparsehooks.catalog import Catalog, Record, Registry
 from sparsehooks.discovery import (
+    Plugin,
     check_implementations,
     distribution_of,
+    from_entry_point,
     implementations,
     import_file,
     importer,
     marked,
     version_of,
 )
-from sparsehooks.errors import PluginError, SparseHooksError
+from sparsehooks.errors import PluginError, SparseHooksError, suggest
 
 if TYPE_CHECKING:
     from sparsehooks.masks import MaskChange
     from sparsehooks.plan import Plan
-    from sparsehooks.session import SessionView
+    from sparsehooks.views import SessionView
 
 ENTRY_POINTS = "sparsehooks"
 BUILTINS = (
@@ -47,45 +48,6 @@ BUILTINS = (
     "backends",
 )
 """The built-in plugins, each the module ``sparsehooks.builtin.NAME``; they come in through the same door as others."""
-
-
-@dataclass(eq=False)
-class Plugin:
-    """One plugin and how it fared.
-
-    Attributes:
-        name: what ``-p no:NAME`` takes.
-        source: how it was found.
-        distribution: the distribution that provides it, if any.
-        version: that distribution's version.
-        module: the plugin itself, once it is loaded.
-        error: why it cannot be used, in one line.
-        blocked: whether it was switched off.
-    """
-
-    name: str
-    source: Literal["builtin", "entry point", "environment", "command line", "python"]
-    distribution: str | None = None
-    version: str | None = None
-    module: Any = None
-    error: str | None = None
-    blocked: bool = False
-    components: list[str] = field(default_factory=list)
-
-    def describe(self) -> str:
-        """``'name' (distribution version)``."""
-        owner = f" ({self.distribution} {self.version})" if self.distribution else f" ({self.source})"
-        return f"'{self.name}'{owner}"
-
-    @property
-    def status(self) -> str:
-        """``ok``, ``off``, or the error."""
-        return "off" if self.blocked else self.error or "ok"
-
-    @property
-    def hooks(self) -> list[str]:
-        """The hooks that it implements."""
-        return [name for name, _ in implementations(self.module)] if self.module is not None else []
 
 
 class PluginManager:
@@ -117,7 +79,7 @@ class PluginManager:
         )
         if autoload and os.environ.get("SPARSEHOOKS_DISABLE_PLUGIN_AUTOLOAD", "") in ("", "0"):
             for entry in entry_points:
-                self._load(_from_entry_point(entry, "entry point"), entry.load)
+                self._load(from_entry_point(entry, "entry point"), entry.load)
         for source, name in named:
             if not name.startswith("no:"):
                 self._load_named(name, source, entry_points)
@@ -127,7 +89,7 @@ class PluginManager:
         known = {plugin.name for plugin in self.plugins}
         for name in sorted(self._blocked - known):
             raise PluginError(f"-p no:{name}: there is no plugin '{name}'{suggest(name, known)}")
-        self.catalog = Catalog(self)
+        self.catalog = Catalog(self.register_components(), self.plugins)
 
     def broken(self) -> list[Plugin]:
         """The plugins that could not be loaded."""
@@ -240,7 +202,7 @@ class PluginManager:
             if entry is None:
                 self._load(Plugin(name, source), importer(name))
             else:
-                self._load(_from_entry_point(entry, source), entry.load)
+                self._load(from_entry_point(entry, source), entry.load)
 
     def _load(self, plugin: Plugin, importer: Callable[[], Any]) -> None:
         """Import, check and register a plugin, or keep what is wrong with it; one that is there already stays alone."""
@@ -321,7 +283,3 @@ def _nothing(session: SessionView, step: int) -> None:
 
 def _itself(item: Any) -> Any:
     return item
-
-
-def _from_entry_point(entry: metadata.EntryPoint, source: Any) -> Plugin:
-    return Plugin(entry.name, source, *distribution_of(entry))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import masks
-from sparsehooks.components import Allocation, Criterion, Pattern, WeightView
+from sparsehooks.components import Allocation, Criterion, Pattern
 from sparsehooks.distributed import agree, seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import MaskChange
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import PruneStage
+from sparsehooks.views import WeightView
 
 if TYPE_CHECKING:
     from sparsehooks.plan import PlannedStage

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sparsehooks.catalog import suggest
 from sparsehooks.decoding import decode
-from sparsehooks.errors import RecipeError
+from sparsehooks.errors import RecipeError, suggest
 from sparsehooks.plugins import PluginManager, as_manager
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sparsehooks import swapping
 from sparsehooks.components import ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
-from sparsehooks.distributed import rank
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.plan import Plan, PlannedStage
@@ -22,6 +21,7 @@ from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks, Pruner
 from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe
 from sparsehooks.targets import Target
+from sparsehooks.views import SessionView
 
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
@@ -312,45 +312,3 @@ class Session:
         for target, _ in self._swapped.values():
             swapping.unswap(self._model, target)
         self._swapped.clear()
-
-
-class SessionView:
-    """What plugins see of a session; read-only."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return self._session.plan.recipe
-
-    @property
-    def plan(self) -> Plan:
-        """The plan."""
-        return self._session.plan
-
-    @property
-    def step(self) -> int:
-        """Finished optimizer steps."""
-        return self._session.step
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self._session.total_steps
-
-    @property
-    def rank(self) -> int:
-        """The rank of this process: let only rank 0 write."""
-        return rank()
-
-    @property
-    def sparsity(self) -> float:
-        """The share of zeros among all weights that this run prunes."""
-        return self._session.sparsity
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """The mask of each pruned parameter: bool, of its shape, True where a weight stays. Do not write to them."""
-        return MappingProxyType(self._session.masks.masks)

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsehooks.catalog import suggest
-from sparsehooks.errors import RecipeError
+from sparsehooks.errors import RecipeError, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

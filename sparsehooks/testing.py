@@ -16,20 +16,18 @@ from sparsehooks.components import (
     KINDS,
     Allocation,
     Backend,
-    Batch,
     Codec,
     ComponentBase,
     Criterion,
     Distiller,
-    Layout,
     Pattern,
     Quantizer,
     Schedule,
     Support,
-    WeightView,
 )
 from sparsehooks.decoding import decode
 from sparsehooks.errors import ArtifactError
+from sparsehooks.views import Batch, Layout, WeightView
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,8 +9,8 @@ import pytest
 from sparsehooks import Component, Criterion, Pattern, PluginError, PluginManager, hookimpl
 from sparsehooks.builtin.criteria.magnitude import Magnitude
 from sparsehooks.builtin.patterns.n_of_m import NOfM
-from sparsehooks.catalog import suggest
 from sparsehooks.components import KINDS
+from sparsehooks.errors import suggest
 
 
 class Offers:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from sparsehooks.artifact.header import DTYPES, MAGIC, MAX_DIMS, Header, Section, padding, parse_header, write_header
-from sparsehooks.components import Codec, Layout
+from sparsehooks.components import Codec
 from sparsehooks.errors import ArtifactError
+from sparsehooks.views import Layout
 
 MIN_SAVED_SHARE = 0.1
 """A tensor is encoded only if that saves at least this share of its bytes ..."""

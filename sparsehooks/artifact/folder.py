@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from sparsehooks.artifact.atomic import atomic_folder
-from sparsehooks.artifact.container import decode, is_blob, read_header
+from sparsehooks.artifact.container import decode, encode, is_blob, read_header
 from sparsehooks.artifact.inspection import Inspection, TensorRow
 from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, stored_blob
 from sparsehooks.artifact.shards import Entry, Shard, checksum, checksums, write_shard
@@ -29,6 +29,7 @@ __all__ = [
     "TensorRow",
     "checksums",
     "decompress",
+    "encode_state_dict",
     "inspect",
     "installed_codecs",
     "load_codecs",
@@ -74,6 +75,20 @@ def installed_codecs() -> dict[str, Codec]:
     from sparsehooks.plugins import installed_catalog
 
     return load_codecs(installed_catalog())
+
+
+def encode_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor in its smallest form, under its own name, and the metadata of the file.
+
+    Returns:
+        tensors (a blob where that is smaller, else the tensor itself), and strings for ``__metadata__``.
+    """
+    codecs = installed_codecs()
+    encoded = {}
+    for name, tensor in state.items():
+        blob = encode(tensor, codecs)
+        encoded[name] = tensor.contiguous() if blob is None else blob
+    return encoded, {"sparsehooks.format": "1", **checksums(encoded)}
 
 
 def inspect(

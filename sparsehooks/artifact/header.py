@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sparsehooks.components import Layout
 from sparsehooks.errors import ArtifactError
+from sparsehooks.views import Layout
 
 VERSION = 1
 MAGIC = b"\x89SPHK1\r\n"

@@ -120,7 +120,7 @@ class SparseHooksQuantizer(HfQuantizer):
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict, unwrap_model
 
-        from sparsehooks.artifact.write import encode_state_dict
+        from sparsehooks.artifact.folder import encode_state_dict
 
         unwrapped = unwrap_model(model)
         state = remove_tied_weights_from_state_dict(unwrapped.state_dict(), unwrapped)

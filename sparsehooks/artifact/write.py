@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsehooks.artifact.container import encode
-from sparsehooks.artifact.folder import checksums, installed_codecs, new_folder
+from sparsehooks.artifact.folder import encode_state_dict, new_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-def encode_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor in its smallest form, under its own name, and the metadata of the file.
-
-    Returns:
-        tensors (a blob where that is smaller, else the tensor itself), and strings for ``__metadata__``.
-    """
-    codecs = installed_codecs()
-    encoded = {}
-    for name, tensor in state.items():
-        blob = encode(tensor, codecs)
-        encoded[name] = tensor.contiguous() if blob is None else blob
-    return encoded, {"sparsehooks.format": "1", **checksums(encoded)}
+    from torch import nn
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Path:

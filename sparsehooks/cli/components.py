@@ -16,9 +16,8 @@ def run(
     json: Json = False,
 ) -> None:
     """List the components that recipes can name, by kind."""
-    from sparsehooks.catalog import suggest
     from sparsehooks.components import KINDS
-    from sparsehooks.errors import PluginError
+    from sparsehooks.errors import PluginError, suggest
 
     if kind is not None and kind not in KINDS:
         raise PluginError(f"there is no kind '{kind}'{suggest(kind, KINDS)}")

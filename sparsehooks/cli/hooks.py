@@ -17,8 +17,7 @@ def run(
     json: Json = False,
 ) -> None:
     """List the hooks in the order in which a run calls them, or describe one."""
-    from sparsehooks.catalog import suggest
-    from sparsehooks.errors import PluginError
+    from sparsehooks.errors import PluginError, suggest
     from sparsehooks.hookspecs import HOOKS
 
     if name is not None and name not in HOOKS:
