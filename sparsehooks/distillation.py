@@ -14,7 +14,7 @@ from sparsehooks.distributed import average, once, seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage
-from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, write_start
+from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, weights_digest, write_start
 from sparsehooks.views import Batch
 
 if TYPE_CHECKING:
@@ -123,8 +123,16 @@ class Distillation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
-        self.start = state["start"]
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            SessionError: if it belongs to a run that started from other weights.
+        """
+        if state["start"] != self.start:
+            raise SessionError(
+                "the state that was loaded belongs to a run with another start, so its teacher is not here; load the "
+                "optimizer before sparsehooks.attach, with the folder of that run"
+            )
         for index, tensors in self._learned.items():
             for name, tensor in tensors.items():
                 tensor.data.copy_(state["learned"][index][name])
@@ -136,7 +144,10 @@ class Distillation:
             return open_teacher(name, self._model)
         if self.start is not None:
             return read_start(self._model, folder, self.start)
-        self.start = "in memory" if folder is None else once(lambda: write_start(self._model, folder))
+        if folder is None:
+            self.start = weights_digest(self._model)
+        else:
+            self.start = once(lambda: write_start(self._model, folder))
         return frozen_copy(self._model)
 
     def _tensors(self) -> list[Tensor]:

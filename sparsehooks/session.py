@@ -53,7 +53,6 @@ class Session:
         }
         self._statuses: dict[int, StageStatus] = {}
         self._swapped: dict[str, tuple[Target, Quantizer]] = {}
-        self._state: dict[str, Any] = {}
 
     @classmethod
     def of(cls, recipe: Recipe, manager: PluginManager, model: nn.Module, total_steps: int) -> Session:
@@ -92,12 +91,7 @@ class Session:
         self._weights = dict(model.named_parameters())
         if any(hasattr(weight, "device_mesh") for weight in self._weights.values()):
             raise SessionError("sharded parameters (FSDP2) are not supported yet; train with DDP or on one device")
-        state = self._saved_state() if step > 0 else None
-        if step > 0 and state is None:
-            raise SessionError(
-                f"the checkpoint of step {step} carries no state of sparsehooks (it has no optimizer.pt, or was made "
-                "without the recipe); resume from one that does, or start a new run from its weights"
-            )
+        state = self._state_of_step(step) if step > 0 else None
         self.step = step
         self.masks = Masks(self._weights, self.plan.recipe.seed)
         start = None if state is None else self._checked(state)["distillation"]["start"]
@@ -147,10 +141,17 @@ class Session:
         Raises:
             SessionError: if loss terms were computed but never reached the gradient.
         """
-        state = self._saved_state()
-        if state is not None and state is not self._state:  # the loop has loaded a checkpoint since the last step
-            self.load_state_dict(state)
         self._distillation.before_step(scale)
+
+    def reload(self) -> None:
+        """Call after the loop has loaded a checkpoint into the optimizer: go on where that was.
+
+        Raises:
+            SessionError: if it carries no state, or that of another run.
+        """
+        self.load_state_dict(self._state_of_step(None))
+        self._advance(update=False)
+        self._save_state()
 
     def after_step(self, *, skipped: bool = False) -> None:
         """Call after each optimizer step.
@@ -243,13 +244,19 @@ class Session:
             raise SessionError("the checkpoint was made with another recipe; resume with that one, or start a new run")
         return state
 
-    def _saved_state(self) -> dict[str, Any] | None:
-        return None if self._optimizer is None else self._optimizer.param_groups[0].get(KEY)
+    def _state_of_step(self, step: int | None) -> dict[str, Any]:
+        state = None if self._optimizer is None else self._optimizer.param_groups[0].get(KEY)
+        if state is None:
+            which = "that was loaded" if step is None else f"of step {step}"
+            raise SessionError(
+                f"the checkpoint {which} carries no state of sparsehooks (it has no optimizer state, or was made "
+                "without the recipe); resume from one that does, or start a new run from its weights"
+            )
+        return state  # type: ignore[no-any-return]
 
     def _save_state(self) -> None:
         if self._optimizer is not None:
-            self._state = self.state_dict()
-            self._optimizer.param_groups[0][KEY] = self._state
+            self._optimizer.param_groups[0][KEY] = self.state_dict()
 
     # ---------------------------------------------------------------------------------------------------- progress
 

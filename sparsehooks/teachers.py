@@ -100,6 +100,15 @@ def read_start(model: nn.Module, folder: Path | None, fingerprint: str) -> nn.Mo
     return start
 
 
+def weights_digest(model: nn.Module) -> str:
+    """A fingerprint of the model's weights (sha256), for a start that is kept in memory only."""
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:

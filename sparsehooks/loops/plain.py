@@ -64,6 +64,7 @@ def attach(
     try:
         session.start(unwrapped, inner, step, folder=None if folder is None else Path(folder), opened=opened)
         handles += add_loss_terms(unwrapped, session)
+        handles.append(inner.register_load_state_dict_post_hook(lambda _: session.reload()))
         handles.append(inner.register_step_pre_hook(lambda *_: session.before_step()))
         handles.append(inner.register_step_post_hook(lambda *_: session.after_step()))
         yield session
