@@ -77,6 +77,8 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
                 problems.append(f"'{name}' is a {cls.__name__}, only {known} can be quantized; exclude it")
             elif cls.forward is not base.forward and not issubclass(cls, EffectiveWeight):
                 problems.append(f"'{name}' is a {cls.__name__} with a forward of its own; exclude it")
+            elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                problems.append(f"'{name}' is never called: nn.MultiheadAttention reads its weight; exclude it")
     return problems
 
 

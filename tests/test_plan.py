@@ -362,3 +362,9 @@ def test_a_plan_of_python_objects_is_the_same_plan():
     plan = Plan.build(recipe, PluginManager(autoload=False), two_layers(), 10)
     assert plan.stages[0].targets == build([prune()], two_layers(), 10).stages[0].targets
     assert torch.is_grad_enabled()
+
+
+def test_a_layer_that_training_never_calls_is_not_quantized():
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(PlanError, match=r"'self_attn.out_proj' is never called"):
+        Plan.build(Recipe.from_dict({"stage": [{"quantize": "int8"}]}), PluginManager(), model)
