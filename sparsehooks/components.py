@@ -1,8 +1,8 @@
 """The contract of each component kind: the abstract classes that plugins implement.
 
 Config is a frozen dataclass (``Config``), state is a dict of tensors (``state_dict``), and the object itself is
-final: a subclass implements the abstract methods and overrides nothing else. This module imports neither torch nor
-transformers, so a plugin may import it at no cost.
+final: a subclass implements the abstract methods, and overrides only those that are documented with a default. This
+module imports neither torch nor transformers, so a plugin may import it at no cost.
 """
 
 from __future__ import annotations

@@ -83,7 +83,10 @@ class Distillation:
                         f"{planned.label}: loss() must return one value an item, shape (items,), "
                         f"got {tuple(values.shape)}"
                     )
-            term = planned.stage.weight * values.sum() / (max(values.numel(), 1) if items is None else items)
+            term = planned.stage.weight * values.sum() / max(values.numel(), 1)
+            if items is not None:  # the share of this micro-batch in all that the Trainer accumulates
+                counted = batch.count()
+                term = term * (values.numel() if counted is None else counted) / items
             total = term if total is None else total + term
         if total is not None and total.requires_grad and not torch.compiler.is_compiling():
             self._unused = True
@@ -141,7 +144,13 @@ class Distillation:
 
     def _open(self, name: str, folder: Path | None) -> nn.Module:
         if name != "self":
-            return open_teacher(name, self._model)
+            teacher = open_teacher(name, self._model)
+            ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (self._model, teacher))
+            if ours is not None and theirs is not None and theirs < ours:
+                raise SessionError(
+                    f"the teacher '{name}' knows {theirs} tokens and the student {ours}; take one with its tokenizer"
+                )
+            return teacher
         if self.start is not None:
             return read_start(self._model, folder, self.start)
         if folder is None:

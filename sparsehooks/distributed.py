@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsehooks.errors import SessionError
+from sparsehooks.errors import SessionError, SparseHooksError
 
 T = TypeVar("T")
 
@@ -24,26 +24,33 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def agree(value: str, disagreement: str) -> None:
-    """Compare a value over the ranks.
+def agree(value: Callable[[], str], disagreement: str) -> None:
+    """Compare a value over the ranks; on one process it is not even made.
 
     Raises:
         SessionError: ``disagreement``, if they differ.
     """
     if world_size() > 1:
         values: list[str | None] = [None] * world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value())
         if len(set(values)) > 1:
             raise SessionError(disagreement)
 
 
 def once(make: Callable[[], T]) -> T:
-    """The result of a call that rank 0 alone makes, on every rank."""
+    """The result of a call that rank 0 alone makes, on every rank; an error of ours reaches every rank too."""
     if world_size() == 1:
         return make()
-    results = [make() if rank() == 0 else None]
+    results: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            results[0] = make()
+        except SparseHooksError as error:
+            results[1] = str(error)
     dist.broadcast_object_list(results)
-    return results[0]  # type: ignore[return-value]
+    if results[1] is not None:
+        raise SessionError(results[1])
+    return results[0]  # type: ignore[no-any-return]
 
 
 def average(tensor: Tensor) -> None:

@@ -137,18 +137,15 @@ def _nonzero(mask: Tensor) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def check_finite(owner: str, name: str, values: Tensor) -> None:
+def check_finite(what: str, values: Tensor, advice: str) -> None:
     """Refuse values that are not finite: compared with a threshold, a NaN would silently empty the mask.
 
     Raises:
-        SessionError: names the layer.
+        SessionError: ``3 of 64 WHAT are not finite; ADVICE``.
     """
     if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
         bad = int(values.numel() - torch.isfinite(values).sum())
-        raise SessionError(
-            f"{owner}: {bad} of {values.numel()} scores of '{name}' are not finite; "
-            "the weights have diverged, lower the learning rate"
-        )
+        raise SessionError(f"{bad} of {values.numel()} {what} are not finite; {advice}")
 
 
 CHUNK = 1 << 20

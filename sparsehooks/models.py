@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from sparsehooks.errors import SparseHooksError
@@ -55,7 +56,7 @@ def architecture_of(config: Any) -> Any:
 def _naming(name: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         what = str(error).strip().splitlines()[0]
         raise SparseHooksError(f"'{name}' cannot be opened as a model folder or a model on the Hub: {what}") from error
 

@@ -142,10 +142,18 @@ class PluginManager:
         self._tell("masks_updated", session=session, stage=stage, step=step, changes=changes)
 
     def step_finished(self) -> Callable[[SessionView, int], None]:
-        """The call for the path of every step: nothing at all if no plugin listens."""
-        if not self._pluggy.hook.step_finished.get_hookimpls():
+        """The call for the path of every step, resolved once: nothing at all if no plugin listens."""
+        listeners = tuple(self._listeners("step_finished"))
+        if not listeners:
             return _nothing
-        return lambda session, step: self._tell("step_finished", session=session, step=step)
+
+        def tell(session: SessionView, step: int) -> None:
+            for plugin, function, names in listeners:
+                arguments = {"session": session, "step": step}
+                with _attributed(plugin, "hook step_finished()"):
+                    function(**{name: arguments[name] for name in names})
+
+        return tell
 
     def metrics_reported(self, session: SessionView, metrics: Mapping[str, float]) -> None:
         """Tell every plugin."""
@@ -174,11 +182,14 @@ class PluginManager:
 
     def _calls(self, hook: str, **arguments: Any) -> Iterator[tuple[Plugin, Callable[[], Any]]]:
         """The plugins that implement a hook, in the order of calls, each with its call."""
+        for plugin, function, names in self._listeners(hook):
+            yield plugin, functools.partial(function, **{name: arguments[name] for name in names})
+
+    def _listeners(self, hook: str) -> Iterator[tuple[Plugin, Callable[..., Any], tuple[str, ...]]]:
         named = {plugin.name: plugin for plugin in self.plugins}
         for implementation in reversed(getattr(self._pluggy.hook, hook).get_hookimpls()):
             names = (*implementation.argnames, *implementation.kwargnames)
-            given = {name: arguments[name] for name in names}
-            yield named[implementation.plugin_name], functools.partial(implementation.function, **given)
+            yield named[implementation.plugin_name], implementation.function, names
 
     def _each(self, hook: str, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
         """What each plugin answers, one after the other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -86,6 +86,7 @@ class Masks:
         Raises:
             SessionError: scores of the wrong shape or not finite, a layer that would be emptied, ranks that differ.
         """
+        self.apply()  # the optimizer has just moved masked weights; a criterion shall see them as they count
         stage = pruner.stage
         targets = {target.parameter: target for target in stage.targets}
         scores = {name: self._score(pruner, target, step) for name, target in targets.items()}
@@ -102,16 +103,16 @@ class Masks:
         with attributed(stage.components["pattern"].record):
             chosen = pruner.pattern.expand(masks.select(units, counts), scores)
         changes = {name: self._replace(target, chosen[name]) for name, target in targets.items()}
-        agree(masks.digest(self._packed), f"{stage.label}: the ranks chose different masks at step {step}")
+        agree(lambda: masks.digest(self._packed), f"{stage.label}: the ranks chose different masks at step {step}")
         self.apply()
         return changes
 
-    def from_zeros(self, targets: Mapping[str, Target]) -> None:
-        """Take the zeros of an opened artifact as its masks."""
-        for name, target in targets.items():
-            mask = target.matrix(self._weights[name].detach() != 0)
+    def from_zeros(self, names: Iterable[str]) -> None:
+        """Take the zeros of these weights of an opened artifact as their masks."""
+        for name in names:
+            mask = self._weights[name].detach() != 0
             if not mask.all():
-                self._replace(target, mask)
+                self._set(name, mask)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masks as bits, by parameter name."""
@@ -119,7 +120,8 @@ class Masks:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state_dict`` gave."""
-        for name, bits in state.items():
+        for name, stored in state.items():
+            bits = stored.cpu()  # a loop may have moved them to the weights' device
             weight = self._weights[name]
             mask = masks.unpack(bits, weight.shape, weight.device)
             self.masks[name], self._packed[name], self._kept[name] = mask, bits, int(torch.count_nonzero(mask))
@@ -127,24 +129,34 @@ class Masks:
     def _score(self, pruner: Pruner, target: Target, step: int) -> Tensor:
         stage, name = pruner.stage, target.parameter
         weight = target.matrix(self._weights[name].detach())
+        masks.check_finite(f"weights of '{name}'", weight, "the training has diverged, lower the learning rate")
+        version = weight._version
         view = WeightView(name, weight, seed_of(self._seed, stage.index, step, name))
         with attributed(stage.components["prune"].record):
             score = pruner.criterion.score(view)
+            if not isinstance(score, Tensor):
+                raise SessionError(f"{stage.label}: score() of '{name}' returned {score!r} instead of a tensor")
             if score.shape != weight.shape or not score.is_floating_point():
                 raise SessionError(
                     f"{stage.label}: score() of '{name}' must return floats of shape {tuple(weight.shape)}, "
                     f"got {score.dtype} {tuple(score.shape)}"
                 )
-        masks.check_finite(stage.label, name, score)
+            if weight._version != version:
+                raise SessionError(f"{stage.label}: score() wrote to the weights of '{name}'; it must work on a copy")
+            masks.check_finite(f"scores of '{name}'", score, f"{stage.label} cannot choose by them")
         old = self.masks.get(name)
         return score if old is None else score.masked_fill(~target.matrix(old), float("-inf"))
 
     def _replace(self, target: Target, chosen: Tensor) -> MaskChange:
         name = target.parameter
-        old = self.masks.get(name)
         mask = target.restore(chosen).contiguous()
-        if old is not None:
-            mask &= old
-        kept, before = int(torch.count_nonzero(mask)), self._kept.get(name, mask.numel())
-        self.masks[name], self._packed[name], self._kept[name] = mask, masks.pack(mask), kept
+        if name in self.masks:
+            mask &= self.masks[name]
+        before = self._kept.get(name, mask.numel())
+        kept = self._set(name, mask)
         return MaskChange(before - kept, 0, kept, mask.numel())
+
+    def _set(self, name: str, mask: Tensor) -> int:
+        kept = int(torch.count_nonzero(mask))
+        self.masks[name], self._packed[name], self._kept[name] = mask, masks.pack(mask), kept
+        return kept

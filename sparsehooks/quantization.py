@@ -30,16 +30,14 @@ def row_scales(weight: Tensor) -> Tensor:
         float32, shape (rows, 1, ...), which broadcasts against the weight: 17 significant bits, rounded to nearest
         even, within [2^-126, 66052 * 2^105]; 1 for a row of zeros.
 
-    Raises:
-        ValueError: if a value is not finite.
+    A value that is not finite makes the scale of its row, and so all its values, NaN. Nothing is raised, because this
+    runs in every forward of quantized training, where a check would stop the device and ``torch.compile``.
     """
     largest = weight.detach().abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True).to(torch.float32)
-    if not bool(torch.isfinite(largest).all()):
-        raise ValueError("values that are not finite cannot be quantized")
     bits = (largest / _CODE_MAX).clamp(_SCALE_MIN, _SCALE_MAX).view(torch.int32)
     half = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
     scales = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
-    return scales.masked_fill(largest == 0, 1.0)
+    return scales.masked_fill(largest == 0, 1.0).masked_fill(~torch.isfinite(largest), torch.nan)
 
 
 def to_codes(weight: Tensor, scales: Tensor) -> Tensor:

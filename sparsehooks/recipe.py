@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from sparsehooks.decoding import decode
 from sparsehooks.errors import RecipeError, suggest
@@ -56,9 +56,13 @@ class Stage:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for item in fields(self):
-            if "Use" in str(item.type) and isinstance(getattr(self, item.name), (str, Mapping)):
-                object.__setattr__(self, item.name, Use.__decode__(getattr(self, item.name), item.name))
+            value = getattr(self, item.name)
+            if hints[item.name] is Use:
+                object.__setattr__(self, item.name, Use.__decode__(value, item.name))
+            elif hints[item.name] == tuple[str, ...]:
+                object.__setattr__(self, item.name, (value,) if isinstance(value, str) else tuple(value))
         if not self.targets:
             raise ValueError("'targets' is empty; leave it out for all Linear layers")
 
@@ -99,7 +103,7 @@ class PruneStage(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+        if isinstance(self.sparsity, str) or (self.sparsity is not None and not 0.0 <= self.sparsity < 1.0):
             raise ValueError(f"'sparsity' = {self.sparsity} is outside [0, 1); 0.8 keeps a fifth of the weights")
 
 
@@ -155,6 +159,10 @@ class Recipe:
     requires: tuple[str, ...] = ()
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "requires", tuple(self.requires))
+
     @classmethod
     def load(cls, path: str | Path, plugins: Sequence[Any] | PluginManager = ()) -> Recipe:
         """Read a recipe file: TOML, or whatever format a plugin reads.
@@ -198,7 +206,11 @@ class Recipe:
         """The recipe that a path, a mapping or a Recipe stands for."""
         if isinstance(recipe, Recipe):
             return recipe
-        return cls.from_dict(recipe) if isinstance(recipe, Mapping) else cls.load(recipe, plugins)
+        if isinstance(recipe, Mapping):
+            return cls.from_dict(recipe)
+        if isinstance(recipe, (str, Path)):
+            return cls.load(recipe, plugins)
+        raise RecipeError(f"expected a recipe as a path, a mapping or a Recipe, got {recipe!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -16,10 +17,11 @@ from sparsehooks.components import ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
+from sparsehooks.masks import check_finite
 from sparsehooks.plan import Plan, PlannedStage
 from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks, Pruner
-from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe
+from sparsehooks.recipe import DistillStage, QuantizeStage, Recipe
 from sparsehooks.targets import Target
 from sparsehooks.views import SessionView
 
@@ -46,11 +48,13 @@ class Session:
         self.total_steps = plan.total_steps
         self.step = 0
         self.view = SessionView(self)
-        self.metadata: dict[str, dict[str, str]] = {}
-        self._ended = False
+        self.masks = Masks({}, plan.recipe.seed)
+        self._metadata: dict[str, dict[str, str]] = {}
+        self._running = False
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
+        self._optimizer: torch.optim.Optimizer | None = None
         self._statuses: dict[int, StageStatus] = {}
         self._swapped: dict[str, tuple[Target, Quantizer]] = {}
 
@@ -72,7 +76,7 @@ class Session:
         step: int = 0,
         *,
         folder: Path | None = None,
-        opened: bool = False,
+        opened: Collection[str] | None = None,
     ) -> None:
         """Begin, or go on after ``step`` finished optimizer steps.
 
@@ -81,7 +85,8 @@ class Session:
             optimizer: the torch optimizer; a resumed one carries the state of the session.
             step: 0 for a new run.
             folder: where to keep what a resumed run needs of its start.
-            opened: whether the model is an artifact that is trained further: its zeros are its first masks.
+            opened: of an artifact that is trained further, the names of its pruned parameters: their zeros, and
+                those of the recipe's own targets, are the first masks.
 
         Raises:
             SessionError: if a resumed run lacks its state, or belongs to another recipe.
@@ -91,6 +96,11 @@ class Session:
         self._weights = dict(model.named_parameters())
         if any(hasattr(weight, "device_mesh") for weight in self._weights.values()):
             raise SessionError("sharded parameters (FSDP2) are not supported yet; train with DDP or on one device")
+        if step == 0 and optimizer is not None and KEY in optimizer.param_groups[0]:
+            raise SessionError(
+                "another run of sparsehooks is attached to this optimizer; put all stages into one recipe and one "
+                "callback, or call detach() on the callback of a run that broke off"
+            )
         state = self._state_of_step(step) if step > 0 else None
         self.step = step
         self.masks = Masks(self._weights, self.plan.recipe.seed)
@@ -103,10 +113,9 @@ class Session:
         self._distillation = Distillation(distillers, model, self.plan.recipe.seed, folder, start)
         if state is not None:
             self.load_state_dict(state)
-        elif opened:
-            for planned in self.plan.stages:
-                if isinstance(planned.stage, PruneStage):
-                    self.masks.from_zeros({target.parameter: target for target in planned.targets})
+        elif opened is not None:
+            self.masks.from_zeros(self._pruned(opened))
+        self._running = True
         self._on_step = self.manager.step_finished()
         self.manager.session_started(self.view)
         self._advance(update=state is None)
@@ -186,9 +195,10 @@ class Session:
         with torch.no_grad():
             for name, (target, quantizer) in self._swapped.items():
                 matrix = target.matrix(self._weights[name])
+                check_finite(f"weights of '{name}'", matrix, "the training has diverged, lower the learning rate")
                 effective = quantizer.unpack(quantizer.pack(matrix), matrix.dtype)
                 self._weights[name].copy_(target.restore(effective))
-        self.metadata = self.manager.artifact_metadata(self.view)
+        self._metadata = self.manager.artifact_metadata(self.view)
         self._end(None)
 
     def abort(self, error: BaseException | None = None) -> None:
@@ -196,10 +206,26 @@ class Session:
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
-        if not self._ended:
-            self._ended = True
-            self._unswap()
+        self._unswap()
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0].pop(KEY, None)
+        if self._running:
+            self._running = False
             self.manager.session_finished(self.view, error)
+
+    @contextmanager
+    def aborting(self) -> Iterator[Session]:
+        """Whatever is raised inside ends the run on its way out."""
+        try:
+            yield self
+        except BaseException as error:
+            self.abort(error)
+            raise
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the saved model says about itself: the recipe, what plugins added, the pruned parameters."""
+        return {"recipe": self.plan.recipe.to_dict(), "plugins": self._metadata, "pruned": sorted(self.masks.masks)}
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -214,6 +240,7 @@ class Session:
         return {
             "version": 1,
             "recipe": self.plan.recipe.digest(),
+            "windows": self._windows(),
             "step": self.step,
             "statuses": dict(self._statuses),
             "masks": self.masks.state_dict(),
@@ -242,7 +269,24 @@ class Session:
             raise SessionError(f"the checkpoint has session state of version {state['version']}; upgrade sparsehooks")
         if state["recipe"] != self.plan.recipe.digest():
             raise SessionError("the checkpoint was made with another recipe; resume with that one, or start a new run")
+        if state["windows"] != self._windows():
+            raise SessionError(
+                f"the checkpoint belongs to a run of another length than {self.total_steps} steps, in which the "
+                "schedules fall on other steps; resume with that length, or give 'start' and 'end' in steps"
+            )
         return state
+
+    def _windows(self) -> list[list[int]]:
+        """The first and last step of each schedule; lists, as a checkpoint brings them back."""
+        stages = [stage for stage in self.plan.stages if "schedule" in stage.components]
+        return [list(self._schedule(stage).window(self.total_steps)) for stage in stages]
+
+    def _pruned(self, opened: Collection[str]) -> list[str]:
+        """What an opened artifact or this recipe prunes; a base model lacks the prefix of its task model."""
+        own = {t.parameter for stage in self.plan.stages if stage.stage.action == "prune" for t in stage.targets}
+        for name in self._weights:
+            own |= {name for old in opened if f".{old}".endswith(f".{name}") or f".{name}".endswith(f".{old}")}
+        return [name for name in self._weights if name in own]
 
     def _state_of_step(self, step: int | None) -> dict[str, Any]:
         state = None if self._optimizer is None else self._optimizer.param_groups[0].get(KEY)

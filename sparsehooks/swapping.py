@@ -7,6 +7,7 @@ re-initialise the layer without an error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,14 @@ class EffectiveWeight:
     _sparsehooks_quantizer: Quantizer
     _sparsehooks_target: Target
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward with the effective weight."""
         target = self._sparsehooks_target
         weight: Tensor = self.weight  # type: ignore[attr-defined]
         weight = target.restore(self._sparsehooks_quantizer.fake_quantize(target.matrix(weight)))
         base = _base(type(self))  # type: ignore[arg-type]
         assert base is not None
-        return FORWARDS[base](self, inputs, weight)
+        return FORWARDS[base](self, input, weight)
 
 
 def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
@@ -72,10 +73,17 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
         for name in target.modules:
             cls = type(model.get_submodule(name))
             base = _base(cls)
-            if base is None:
+            if issubclass(cls, EffectiveWeight):
+                problems.append(
+                    f"'{name}' belongs to a run that has not ended; call detach() on its callback, or put all stages "
+                    "into one recipe"
+                )
+            elif base is None:
                 known = ", ".join(known.__name__ for known in FORWARDS)
                 problems.append(f"'{name}' is a {cls.__name__}, only {known} can be quantized; exclude it")
-            elif cls.forward is not base.forward and not issubclass(cls, EffectiveWeight):
+            elif "forward" in vars(model.get_submodule(name)):
+                problems.append(f"'{name}' has a forward of its own on the instance (offloading does this); exclude it")
+            elif cls.forward is not base.forward:
                 problems.append(f"'{name}' is a {cls.__name__} with a forward of its own; exclude it")
             elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
                 problems.append(f"'{name}' is never called: nn.MultiheadAttention reads its weight; exclude it")
@@ -86,8 +94,7 @@ def swap(model: nn.Module, target: Target, quantizer: Quantizer) -> None:
     """Let the target's modules compute with their fake-quantized weight."""
     for name in target.modules:
         module: Any = model.get_submodule(name)
-        cls = type(module)
-        module.__class__ = type(f"FakeQuantized{cls.__name__}", (EffectiveWeight, cls), {})
+        module.__class__ = _swapped(type(module))  # type: ignore[arg-type]
         module._sparsehooks_quantizer = quantizer
         module._sparsehooks_target = target
 
@@ -99,6 +106,11 @@ def unswap(model: nn.Module, target: Target) -> None:
         if isinstance(module, EffectiveWeight):
             module.__class__ = type(module).__mro__[2]
             del module._sparsehooks_quantizer, module._sparsehooks_target
+
+
+@functools.cache
+def _swapped(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"FakeQuantized{cls.__name__}", (EffectiveWeight, cls), {})
 
 
 def _base(cls: type[nn.Module]) -> type[nn.Module] | None:

@@ -87,9 +87,11 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
             transposed = any(base.__name__ == "Conv1D" for base in type(modules[chosen[0]]).__mro__)
             targets.append(Target(parameter, tuple(chosen), tuple(weight.shape), transposed))
     if not targets:
-        tail = f": {notes[0]}" if notes else "; see the names with sparsehooks check RECIPE --model MODEL"
-        raise RecipeError(f"no weight is left after 'exclude'{tail}")
-    return targets, notes
+        classes = sorted({type(modules[name]).__name__ for names in owners.values() for name in names})
+        why = f": {notes[0]}" if notes else ""
+        raise RecipeError(f"no weight is left{why}; the model has weights in {', '.join(classes)}")
+    idle = [pattern for pattern in exclude if not _matching(modules, [pattern])]
+    return targets, notes + [f"'exclude' names '{pattern}', which matches no module" for pattern in idle]
 
 
 def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], weighted: set[str] | None = None) -> set[str]:

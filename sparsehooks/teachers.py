@@ -7,10 +7,12 @@ import hashlib
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +22,7 @@ from sparsehooks.models import open_model
 START = "sparsehooks-start"
 """The folder, in the output folder of a run, that keeps the model as it was before step 1."""
 
-NOT_FOR_TEACHERS = {"labels", "shift_labels", "num_items_in_batch"}
+LABELS = {"labels", "shift_labels", "num_items_in_batch"}
 
 
 class Teacher:
@@ -34,11 +36,15 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         parameters = inspect.signature(model.forward).parameters
         self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            self._accepts -= LABELS - {"labels"}  # which it shifts into the decoder's inputs
+        else:
+            self._accepts -= LABELS
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> Any:
-        """The teacher's output for the student's inputs, without their labels."""
-        given = {name: value for name, value in inputs.items() if name in self._accepts - NOT_FOR_TEACHERS}
+        """The teacher's output for the student's inputs."""
+        given = {name: value for name, value in inputs.items() if name in self._accepts}
         if hidden_states:
             given["output_hidden_states"] = True
         return self.model(**given)
@@ -64,18 +70,27 @@ def open_teacher(name: str, student: nn.Module) -> nn.Module:
 
 
 def write_start(model: nn.Module, folder: Path) -> str:
-    """Keep the model's weights in ``folder/sparsehooks-start``, and return their fingerprint (sha256)."""
-    path = folder / START / "model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    """Keep the model's weights in ``folder/sparsehooks-start``, and return the fingerprint (sha256) that names them.
+
+    Raises:
+        SessionError: if the folder cannot be written.
+    """
+    temporary = folder / START / f".{os.getpid()}.tmp"
     unique: dict[int, str] = {}
     state = model.state_dict()
     tensors = {name: t.contiguous() for name, t in state.items() if unique.setdefault(_key(t), name) == name}
-    save_file(tensors, temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return file_digest(path)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        fingerprint = file_digest(temporary)
+        temporary.replace(_start_file(folder, fingerprint))
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise SessionError(f"the start of the run cannot be kept in '{folder / START}': {error}") from error
+    return fingerprint
 
 
 def read_start(model: nn.Module, folder: Path | None, fingerprint: str) -> nn.Module:
@@ -84,12 +99,12 @@ def read_start(model: nn.Module, folder: Path | None, fingerprint: str) -> nn.Mo
     Raises:
         SessionError: if it is missing or another one.
     """
-    path = None if folder is None else folder / START / "model.safetensors"
+    path = None if folder is None else _start_file(folder, fingerprint)
     if path is None or not path.is_file():
         where = "this loop has no output folder" if path is None else f"'{path}' is missing"
         raise SessionError(f"the run cannot be resumed: it needs the model as it was at the start, and {where}")
     if file_digest(path) != fingerprint:
-        raise SessionError(f"the run cannot be resumed: '{path}' is the start of another run; restore the right one")
+        raise SessionError(f"the run cannot be resumed: '{path}' is damaged; restore it")
     start = frozen_copy(model)
     missing, _ = start.load_state_dict(load_file(path), strict=False)
     names = {name for name, tensor in start.state_dict().items() if tensor is not None}
@@ -98,6 +113,10 @@ def read_start(model: nn.Module, folder: Path | None, fingerprint: str) -> nn.Mo
     if lost:
         raise SessionError(f"the run cannot be resumed: '{path}' lacks '{lost[0]}'")
     return start
+
+
+def _start_file(folder: Path, fingerprint: str) -> Path:
+    return folder / START / f"{fingerprint}.safetensors"
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -50,6 +50,18 @@ class Batch:
     inputs: Mapping[str, Any]
     shifts_labels: bool = False
 
+    def count(self) -> Tensor | None:
+        """How many items of this batch the Trainer counts: labels other than -100, shifted where the loss shifts.
+
+        None where the labels are not here.
+        """
+        labels: Tensor | None = self.inputs.get("shift_labels")
+        if labels is None:
+            labels = self.inputs.get("labels")
+            if labels is not None and self.shifts_labels:
+                labels = labels[..., 1:]
+        return None if labels is None else (labels != -100).sum()
+
     def items(self, values: Tensor) -> Tensor:
         """One value for each item that the Trainer counts.
 

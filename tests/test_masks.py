@@ -303,12 +303,12 @@ def test_scores_that_are_not_finite_are_refused_by_name(bad, dtype):
     for places in itertools.combinations(range(3), 2):
         spoilt = values.clone()
         spoilt.view(-1)[list(places)] = bad
-        with pytest.raises(SessionError, match=r"stage\[0\]: 2 of 20 scores of 'layer.weight' are not finite"):
+        with pytest.raises(SessionError, match=r"stage\[0\]: 2 of 20 values of 'layer.weight' are not finite"):
             check_finite("stage[0]", "layer.weight", spoilt)
 
 
 def test_infinities_that_cancel_are_noticed():
-    with pytest.raises(SessionError, match="2 of 3 scores"):
+    with pytest.raises(SessionError, match="2 of 3 values"):
         check_finite("stage[0]", "w", torch.tensor([math.inf, -math.inf, 1.0]))
 
 
@@ -322,7 +322,7 @@ def test_weights_that_have_diverged_stop_the_update_before_any_mask():
     with torch.no_grad():
         model[1].weight[0, 0] = math.nan
     before = copied(model)
-    with pytest.raises(SessionError, match=r"1 of 16 scores of '1\.weight' are not finite"):
+    with pytest.raises(SessionError, match=r"1 of 16 values of '1\.weight' are not finite"):
         sparsehooks.compress(model, {"stage": [{"prune": "magnitude", "sparsity": 0.5}]})
     assert torch.equal(model[0].weight, before["0.weight"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,10 +14,15 @@ from safetensors import SafetensorError
 
 from sparsehooks.errors import ArtifactError
 
+WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+"""Files of an earlier model, which a new one takes the place of."""
+
 
 @contextmanager
 def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` when the block ends, or vanishes when it raises.
+
+    A folder that it replaces gives way as a whole; files in it that are no weights and have no successor move over.
 
     Args:
         out: the folder to make; missing parents are made too.
@@ -27,10 +33,7 @@ def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], boo
     """
     # through links, so that a link to a folder stays one
     final = Path(os.path.realpath(out))
-    if final.exists() and not final.is_dir():
-        raise ArtifactError(f"'{out}' is a file; choose a new folder")
-    if final.exists() and any(final.iterdir()) and not may_replace(final):
-        raise ArtifactError(f"'{out}' already holds other files; choose a new folder")
+    _check_free(final, may_replace)
     # not beside a parent that would be left behind after a failure
     home = next(parent for parent in final.parents if parent.exists())
     temporary = home / f".{final.name}.{secrets.token_hex(4)}.tmp"
@@ -38,13 +41,24 @@ def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], boo
         temporary.mkdir()
         yield temporary
         _settle(temporary)
+        _check_free(final, may_replace)  # again: the block may have taken long
         final.parent.mkdir(parents=True, exist_ok=True)
         _move(temporary, final)
     except (OSError, SafetensorError) as error:
+        culprit = error.filename if isinstance(error, OSError) else None
+        if culprit is not None and not str(culprit).startswith((str(temporary), str(final))):
+            raise  # something that the block did, and not the writing
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ArtifactError(f"cannot write '{out}': {reason}; nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(final: Path, may_replace: Callable[[Path], bool]) -> None:
+    if final.exists() and not final.is_dir():
+        raise ArtifactError(f"'{final}' is a file; choose a new folder")
+    if final.exists() and any(final.iterdir()) and not may_replace(final):
+        raise ArtifactError(f"'{final}' already holds other files; choose a new folder")
 
 
 def _settle(folder: Path) -> None:
@@ -66,7 +80,11 @@ def _move(temporary: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        for path in old.iterdir():  # what else lay there is not ours to delete
+            if not WEIGHTS.fullmatch(path.name) and not (final / path.name).exists():
+                path.rename(final / path.name)
+        shutil.rmtree(old)
     _sync(final.parent)
 
 

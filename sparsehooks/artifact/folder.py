@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,10 +17,10 @@ from torch import Tensor
 from sparsehooks.artifact.atomic import atomic_folder
 from sparsehooks.artifact.container import decode, encode, is_blob, read_header
 from sparsehooks.artifact.inspection import Inspection, TensorRow
-from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, stored_blob
-from sparsehooks.artifact.shards import Entry, Shard, checksum, checksums, write_shard
+from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, check_tensor, stored_blob
+from sparsehooks.artifact.shards import Entry, Shard, checksums, write_shard
 from sparsehooks.components import Codec
-from sparsehooks.errors import ArtifactError
+from sparsehooks.errors import ArtifactError, PluginError
 
 if TYPE_CHECKING:
     from sparsehooks.catalog import Catalog
@@ -59,18 +61,22 @@ def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> Abstract
     Raises:
         ArtifactError: on entering or leaving the block, if ``out`` is refused or cannot be written.
     """
-    return atomic_folder(
-        out, lambda found: replace and _is_artifact(found) and not any(map(Path.is_dir, found.iterdir()))
-    )
+    return atomic_folder(out, lambda found: replace and _is_artifact(found))
 
 
 def load_codecs(catalog: Catalog) -> dict[str, Codec]:
-    """Every codec of a catalog, by name."""
-    names = [record.component.name for record in catalog.records("codec")]
-    return {name: cast("Codec", catalog.create("codec", name)) for name in names}
+    """Every codec of a catalog, by name; one that is broken or clashes is left out with a warning."""
+    codecs = {}
+    for name in dict.fromkeys(record.component.name for record in catalog.records("codec")):
+        try:
+            codecs[name] = cast("Codec", catalog.create("codec", name))
+        except PluginError as error:
+            warnings.warn(f"the codec '{name}' is not used: {error}", stacklevel=2)
+    return codecs
 
 
-def installed_codecs() -> dict[str, Codec]:
+@functools.cache
+def installed_codecs() -> Mapping[str, Codec]:
     """Every codec of the installed, enabled plugins, by name."""
     from sparsehooks.plugins import installed_catalog
 
@@ -84,10 +90,11 @@ def encode_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
         tensors (a blob where that is smaller, else the tensor itself), and strings for ``__metadata__``.
     """
     codecs = installed_codecs()
-    encoded = {}
+    encoded: dict[str, Tensor] = {}
     for name, tensor in state.items():
         blob = encode(tensor, codecs)
-        encoded[name] = tensor.contiguous() if blob is None else blob
+        # safetensors refuses tensors that share memory, such as tied ones of a plain module
+        encoded[name] = tensor.detach().clone().contiguous() if blob is None else blob
     return encoded, {"sparsehooks.format": "1", **checksums(encoded)}
 
 
@@ -189,10 +196,8 @@ def _scan(
             raise ArtifactError(f"'{shard.path}' has a checksum of tensor '{min(absent)}', which no file holds")
         for entry in shard.entries:
             stored = shard.read(entry)
-            if verified and expected.get(entry.name) != checksum(stored):
-                raise ArtifactError(
-                    f"'{shard.path}' is damaged: tensor '{entry.name}' does not match its checksum; get the file again"
-                )
+            if verified:
+                check_tensor(shard, entry, stored, expected)
             rows.append(_row(shard, entry, stored, codecs))
             report(entry.length)
     return Inspection(tuple(rows))

@@ -1,17 +1,19 @@
 """The transformers quantizer that opens an artifact in ``from_pretrained`` and writes one in ``save_pretrained``.
 
-Imported while ``transformers.quantizers`` is, so it imports only what that package has loaded already.
+Imported while ``transformers.quantizers`` is, so it imports only what that package has loaded already. Importing it
+makes the quantizer known to transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparsehooks.artifact.reading import METHOD
 from sparsehooks.components import Backend
 from sparsehooks.errors import ArtifactError
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-METHOD = "sparsehooks"
 VERSION = "1"
 
 
@@ -30,6 +31,10 @@ class SparseHooksConfig(QuantizationConfigMixin):
         version: the format version.
         recipe: the recipe that made it, as plain values.
         plugins: what plugins added, under their names.
+        pruned: the parameters whose zeros are masks if the model is trained further.
+
+    Raises:
+        ArtifactError: if a newer release wrote it, or somebody damaged it.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         version: str = VERSION,
         recipe: Mapping[str, Any] | None = None,
         plugins: Mapping[str, Mapping[str, str]] | None = None,
+        pruned: Sequence[str] = (),
         **unknown: Any,
     ) -> None:
         if str(version) != VERSION:
@@ -46,14 +52,25 @@ class SparseHooksConfig(QuantizationConfigMixin):
             )
         self.quant_method = cast(Any, METHOD)  # transformers compares it with the names it registered
         self.version = VERSION
-        self.recipe = dict(recipe) if recipe else {}
-        self.plugins = {name: dict(added) for name, added in plugins.items()} if plugins else {}
+        if unknown or not all(isinstance(value, Mapping) for value in (recipe or {}, plugins or {})):
+            what = f"unknown key '{min(unknown)}'" if unknown else "'recipe' and 'plugins' must be tables"
+            raise ArtifactError(f"config.json: quantization_config is damaged: {what}; get the file again")
+        self.recipe = dict(recipe or {})
+        self.plugins = {name: dict(added) for name, added in (plugins or {}).items()}
+        self.pruned = [str(name) for name in pruned]
 
 
 class SparseHooksQuantizer(HfQuantizer):
     """Decodes each blob on the way into its parameter; the model in memory is an ordinary dense one."""
 
     requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Compare every checksum first: transformers would bury what a damaged file says in a report."""
+        from sparsehooks.artifact.reading import check_files
+
+        check_files(kwargs.get("checkpoint_files") or ())
+        return model
 
     def get_weight_conversions(self) -> list[Any]:
         """Decode whatever no converter of the model takes."""
@@ -129,8 +146,15 @@ class SparseHooksQuantizer(HfQuantizer):
 
 
 def arm(model: Any, config: SparseHooksConfig) -> None:
-    """From now on ``save_pretrained``, ``trainer.save_model`` and ``push_to_hub`` write the sparse form."""
-    model.hf_quantizer = SparseHooksQuantizer(config, pre_quantized=True)
+    """From now on ``save_pretrained``, ``trainer.save_model`` and ``push_to_hub`` write the sparse form.
+
+    A module that is no transformers model stays as it is.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    model.hf_quantizer = SparseHooksQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.config.quantization_config = config
 
 
@@ -143,18 +167,14 @@ def disarm(model: Any) -> SparseHooksConfig | None:
     return cast(SparseHooksConfig, quantizer.quantization_config)
 
 
-def register() -> None:
-    """Make the quantizer known to transformers, once."""
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(METHOD)(SparseHooksConfig)
-        auto.register_quantizer(METHOD)(SparseHooksQuantizer)
-
-
 def _convert(model: nn.Module) -> None:
     """Hand each layer to the backend that shall run it."""
     from sparsehooks.plugins import installed_catalog
 
-    backend = cast(Backend, installed_catalog().create("backend", "dense"))
+    catalog = installed_catalog()
+    if not any(record.component.name == "dense" for record in catalog.records("backend")):
+        return  # switched off: torch runs the layers as they are
+    backend = cast(Backend, catalog.create("backend", "dense"))
     for name, module in list(model.named_modules()):
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() >= 2 and backend.supports(module, weight.device).ok:
@@ -209,3 +229,8 @@ def _decoder(quantizer: SparseHooksQuantizer, *, last: bool) -> Any:
             return _IdentityOp()
 
     return Decode()
+
+
+if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+    auto.register_quantization_config(METHOD)(SparseHooksConfig)
+    auto.register_quantizer(METHOD)(SparseHooksQuantizer)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsehooks.artifact.container import is_blob
-from sparsehooks.artifact.shards import CHECKSUMS, MAX_HEADER, Entry, Shard, parse_json
+from sparsehooks.artifact.shards import CHECKSUMS, MAX_HEADER, Entry, Shard, checksum, parse_json
 from sparsehooks.errors import ArtifactError
 
 METHOD = "sparsehooks"
@@ -132,6 +133,33 @@ def _own(root: Path, name: str) -> Path:
     if not target.is_relative_to(home) and target.parent not in caches:
         raise ArtifactError(f"'{path}' leads out of its folder to '{target}'; copy the file into the folder")
     return path
+
+
+def check_files(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Compare every tensor of weight files with its checksum, where they have any.
+
+    Raises:
+        ArtifactError: if a file is damaged.
+    """
+    with torch.device("cpu"):  # transformers calls this where tensors are made on the meta device
+        for path in paths:
+            shard = Shard.open(Path(path))
+            if CHECKSUMS in shard.metadata:
+                expected = shard.checksums()
+                for entry in shard.entries:
+                    check_tensor(shard, entry, shard.read(entry), expected)
+
+
+def check_tensor(shard: Shard, entry: Entry, stored: Tensor, expected: Mapping[str, int]) -> None:
+    """Compare one tensor with its checksum.
+
+    Raises:
+        ArtifactError: if it is another one, or has none.
+    """
+    if expected.get(entry.name) != checksum(stored):
+        raise ArtifactError(
+            f"'{shard.path}' is damaged: tensor '{entry.name}' does not match its checksum; get the file again"
+        )
 
 
 def _read_json(root: Path, name: str) -> dict[str, Any]:

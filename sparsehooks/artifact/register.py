@@ -32,7 +32,7 @@ def register() -> None:
 
 def _register() -> None:
     try:
-        importlib.import_module("sparsehooks.artifact.quantizer").register()
+        importlib.import_module("sparsehooks.artifact.quantizer")  # registers at its end
     except Exception as error:  # noqa: BLE001 - whatever it is must never become a broken ``import transformers``
         warnings.warn(f"sparsehooks could not register with transformers: {error!r}", RuntimeWarning, stacklevel=2)
 

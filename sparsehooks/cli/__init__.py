@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from sparsehooks import __version__
 from sparsehooks.cli import check, components, compress, decompress, demo, hooks, inspect, plugins, verify
 from sparsehooks.errors import PlanError, SparseHooksError
 
@@ -13,12 +15,23 @@ app = typer.Typer(
     name="sparsehooks",
     help="Make models smaller and faster while they train.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for module in (demo, compress, inspect, verify, decompress, check, plugins, hooks, components):
     app.command(module.__name__.rpartition(".")[2])(module.run)
+
+
+@app.callback()
+def program(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Make models smaller and faster while they train."""
+    if version:
+        typer.echo(f"sparsehooks {__version__}")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -26,9 +26,12 @@ def run(
     manager = load_plugins(plugin, no_autoload=no_autoload)
     loaded = Recipe.load(recipe, manager)
     with Console(stderr=True).status(f"compressing {model}"):
+        import transformers
+
         from sparsehooks.artifact.folder import inspect
         from sparsehooks.loops.posttrain import compress
 
+        transformers.utils.logging.disable_progress_bar()
         compress(model, loaded, out, plugins=manager)
         found = inspect(out)
     if json:

@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
-from sparsehooks.cli.options import progress_bar
+from sparsehooks.cli.options import Json, print_json, progress_bar
 
 
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks saved.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    json: Json = False,
 ) -> None:
     """Write a saved model as an ordinary dense one, for programs that do not know sparsehooks."""
     from sparsehooks.artifact.folder import decompress
 
     with progress_bar("decompressing") as progress:
         decompress(folder, out, progress=progress)
-    typer.echo(f"{out}: dense, opens without sparsehooks")
+    if json:
+        print_json({"out": str(out)})
+        return
+    typer.echo(f"wrote {out}, an ordinary dense model")

@@ -8,18 +8,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sparsehooks.errors import SparseHooksError
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import PluginManager, as_manager
-from sparsehooks.recipe import Recipe
+from sparsehooks.recipe import DistillStage, Recipe, Use
 
 HOME = Path(__file__).parent
 STEPS, FAST_STEPS = 850, 40
-BATCH, TOKENS = 32, 32
 LEARNING_RATE, FAST_LEARNING_RATE = 1.5e-3, 2e-3
 
 
@@ -79,7 +79,8 @@ def run_demo(
 
     Args:
         out: where to save the compressed model.
-        recipe: another recipe than ``recipe.toml`` beside this file.
+        recipe: another recipe than ``recipe.toml`` beside this file; one without distillation gets the hidden states
+            of the dense model to learn from.
         data: a folder with ``train.csv.gz``, ``dev.csv.gz`` and ``test.csv.gz`` of the full STS-B.
         fast: a short run that shows the path, not the quality.
         seed: of the order of the batches.
@@ -92,6 +93,10 @@ def run_demo(
     dense = find_weights()
     manager = as_manager(plugins)
     loaded = Recipe.load(recipe or HOME / "recipe.toml", manager)
+    if not any(isinstance(stage, DistillStage) for stage in loaded.stages):
+        # without labels there is nothing else to learn from
+        loaded = replace(loaded, stages=(*loaded.stages, DistillStage(distill=Use("hidden"))))
+    Plan.build(loaded, manager)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

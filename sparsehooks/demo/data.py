@@ -9,6 +9,8 @@ from pathlib import Path
 from sparsehooks.errors import SparseHooksError
 
 DATA = Path(__file__).parent / "data"
+BATCH, TOKENS = 32, 32
+"""Sentences of a batch, and tokens that are kept of each."""
 
 Pair = tuple[str, str, float]
 """Two sentences, and how alike people found them (0 to 5)."""

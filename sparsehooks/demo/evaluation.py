@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import sparsehooks  # noqa: F401 - opens the compressed model
-from sparsehooks.demo import BATCH
-from sparsehooks.demo.data import Pair, load_pairs
+from sparsehooks.demo.data import BATCH, Pair, load_pairs
 
 ROUNDS = 11
 

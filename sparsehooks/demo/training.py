@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from sparsehooks.demo import BATCH, TOKENS
+from sparsehooks.demo.data import BATCH, TOKENS
 from sparsehooks.loops.trainer import CompressionCallback
 from sparsehooks.models import copy_companions
 from sparsehooks.plugins import PluginManager

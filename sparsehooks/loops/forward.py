@@ -38,7 +38,7 @@ def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
         if not trains(module):
             return outputs
         if not isinstance(outputs, Mapping):
-            raise SessionError("distillation needs a model that returns a ModelOutput; set return_dict=True")
+            raise SessionError("distillation needs a model whose forward returns a mapping, as transformers models do")
         inputs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
         terms = session.loss_terms(outputs, inputs)
         if terms is not None:

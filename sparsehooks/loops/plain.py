@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import unwrap_model
 
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.loops.forward import add_loss_terms
@@ -55,26 +55,31 @@ def attach(
         PlanError: all problems together, before the model is touched.
     """
     manager = as_manager(plugins)
-    unwrapped = accelerator.unwrap_model(model) if accelerator is not None else getattr(model, "module", model)
+    unwrapped = accelerator.unwrap_model(model) if accelerator is not None else unwrap_model(model)
     inner = getattr(optimizer, "optimizer", optimizer)
     session = Session.of(Recipe.of(recipe, manager), manager, unwrapped, total_steps)
-    opened = isinstance(unwrapped, PreTrainedModel) and disarm(unwrapped) is not None
+    config = disarm(unwrapped)
     step = inner.param_groups[0].get(KEY, {}).get("step", 0)
     handles: list[Any] = []
     try:
-        session.start(unwrapped, inner, step, folder=None if folder is None else Path(folder), opened=opened)
+        session.start(
+            unwrapped,
+            inner,
+            step,
+            folder=None if folder is None else Path(folder),
+            opened=config.pruned if config is not None else None,
+        )
         handles += add_loss_terms(unwrapped, session)
         handles.append(inner.register_load_state_dict_post_hook(lambda _: session.reload()))
-        handles.append(inner.register_step_pre_hook(lambda *_: session.before_step()))
+        scaler = getattr(accelerator, "scaler", None)
+        handles.append(
+            inner.register_step_pre_hook(lambda *_: session.before_step(1.0 if scaler is None else scaler.get_scale()))
+        )
         handles.append(inner.register_step_post_hook(lambda *_: session.after_step()))
-        yield session
-        session.finish()
-    except BaseException as error:
-        session.abort(error)
-        raise
+        with session.aborting():
+            yield session
+            session.finish()
     finally:
         for handle in handles:
             handle.remove()
-        inner.param_groups[0].pop(KEY, None)
-    if isinstance(unwrapped, PreTrainedModel):
-        arm(unwrapped, SparseHooksConfig(recipe=session.plan.recipe.to_dict(), plugins=session.metadata))
+    arm(unwrapped, SparseHooksConfig(**session.provenance))

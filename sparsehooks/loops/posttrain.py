@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from sparsehooks.artifact.folder import new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
@@ -60,11 +59,11 @@ def compress(
         else:
             model, source = open_model(model_or_path)
         session = Session.of(recipe, manager, model, total_steps=0)
-        opened = isinstance(model, PreTrainedModel) and disarm(model) is not None
-        session.start(model, opened=opened)
-        session.finish()
-        if isinstance(model, PreTrainedModel):
-            arm(model, SparseHooksConfig(recipe=recipe.to_dict(), plugins=session.metadata))
+        config = disarm(model)
+        with session.aborting():
+            session.start(model, opened=config.pruned if config is not None else None)
+            session.finish()
+        arm(model, SparseHooksConfig(**session.provenance))
         if folder is not None:
             write_model(model, folder)
             if tokenizer is not None:

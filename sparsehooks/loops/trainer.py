@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.errors import SessionError
-from sparsehooks.loops.forward import add_loss_terms, ask_for_hidden_states
+from sparsehooks.loops.forward import add_loss_terms, ask_for_hidden_states, trains
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.session import Session
@@ -75,8 +76,10 @@ class CompressionCallback(TrainerCallback):
                 "with label smoothing the Trainer computes its own loss and the distillation would be lost; "
                 "use sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
             )
+        if args.n_gpu > 1:
+            raise SessionError("several GPUs in one process (DataParallel) are not supported; start with torchrun")
         session = Session.of(self.recipe, self.manager, model, state.max_steps)
-        opened = disarm(model) is not None
+        config = disarm(model)
         self.session = session
         with self._aborting():
             session.start(
@@ -84,7 +87,7 @@ class CompressionCallback(TrainerCallback):
                 getattr(optimizer, "optimizer", optimizer),
                 state.global_step,
                 folder=Path(args.output_dir or "."),
-                opened=opened,
+                opened=config.pruned if config is not None else None,
             )
             attach = add_loss_terms if self.adds_loss_terms else ask_for_hidden_states
             self._handles = attach(model, session)
@@ -130,30 +133,19 @@ class CompressionCallback(TrainerCallback):
         """Finish, and arm the model: from here on it saves in the sparse form."""
         with self._aborting() as session:
             session.finish()
-        self.session = None
         self.detach()
-        if isinstance(kwargs["model"], PreTrainedModel):
-            arm(kwargs["model"], SparseHooksConfig(recipe=self.recipe.to_dict(), plugins=session.metadata))
+        arm(kwargs["model"], SparseHooksConfig(**session.provenance))
 
-    def _aborting(self) -> _Aborting:
+    @contextmanager
+    def _aborting(self) -> Iterator[Session]:
+        """Whatever is raised inside detaches the callback on its way out."""
         if self.session is None:
             raise SessionError("the callback was not there when training began; add it before trainer.train()")
-        return _Aborting(self, self.session)
-
-
-class _Aborting:
-    """Whatever is raised inside detaches the callback on its way out."""
-
-    def __init__(self, callback: CompressionCallback, session: Session) -> None:
-        self._callback = callback
-        self._session = session
-
-    def __enter__(self) -> Session:
-        return self._session
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._callback.detach(error)
+        try:
+            yield self.session
+        except BaseException as error:
+            self.detach(error)
+            raise
 
 
 def attach_trainer(
@@ -163,8 +155,8 @@ def attach_trainer(
 ) -> CompressionCallback:
     """Add the callback to a Trainer that computes its own loss, and in front of the callbacks that log.
 
-    The same as ``trainer.add_callback(CompressionCallback(recipe))``, and in addition: loss terms are added after
-    ``trainer.compute_loss``, so they hold with label smoothing and ``compute_loss_func``; the sparsity reaches
+    The same as ``trainer.add_callback(CompressionCallback(recipe))``, and in addition: with label smoothing or
+    ``compute_loss_func`` the loss terms are added after ``trainer.compute_loss``; the sparsity reaches
     loggers (Weights & Biases, TensorBoard), which read the logs before later callbacks; and whatever ends
     ``trainer.train()`` leaves nothing attached.
 
@@ -172,24 +164,10 @@ def attach_trainer(
         the callback.
     """
     callback = CompressionCallback(recipe, plugins)
-    callback.adds_loss_terms = False
+    callback.adds_loss_terms = trainer.label_smoother is None and trainer.compute_loss_func is None
     trainer.callback_handler.callbacks.insert(0, callback)
-    compute_loss = trainer.compute_loss
-
-    def compute_loss_with_terms(
-        model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        given = dict(inputs)  # the Trainer takes the labels out
-        loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        session = callback.session
-        if session is not None and session.distils and model.training and torch.is_grad_enabled():
-            if num_items_in_batch is not None and _is_scaled(trainer, num_items_in_batch):
-                given["num_items_in_batch"] = num_items_in_batch
-            terms = session.loss_terms(outputs, given)
-            if terms is not None:
-                loss = loss + terms * _scale(trainer, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
+    if not callback.adds_loss_terms:
+        trainer.compute_loss = _with_terms(trainer, callback)  # type: ignore[method-assign]
     train = trainer.train
 
     @functools.wraps(train)
@@ -200,9 +178,30 @@ def attach_trainer(
             callback.detach(error)  # the Trainer does not tell its callbacks
             raise
 
-    trainer.compute_loss = compute_loss_with_terms  # type: ignore[method-assign]
     trainer.train = train_and_detach  # type: ignore[method-assign]
     return callback
+
+
+def _with_terms(trainer: Trainer, callback: CompressionCallback) -> Any:
+    """The Trainer's ``compute_loss`` with the session's terms on top."""
+    compute_loss = trainer.compute_loss
+
+    @functools.wraps(compute_loss)
+    def compute_loss_with_terms(
+        model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        given = dict(inputs)  # the Trainer takes the labels out
+        loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        session = callback.session
+        if session is not None and session.distils and trains(model):
+            if num_items_in_batch is not None and _is_scaled(trainer, num_items_in_batch):
+                given["num_items_in_batch"] = num_items_in_batch
+            terms = session.loss_terms(outputs, given)
+            if terms is not None:
+                loss = loss + terms * _scale(trainer, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    return compute_loss_with_terms
 
 
 def _is_scaled(trainer: Trainer, items: Any) -> bool:
@@ -218,4 +217,5 @@ def _scale(trainer: Trainer, items: Any) -> float:
         return 1.0  # a mean over this micro-batch, like the loss; the Trainer divides both
     if items is None:
         return 1.0 / trainer.current_gradient_accumulation_steps
-    return float(trainer.accelerator.num_processes) if trainer.args.average_tokens_across_devices else 1.0
+    processes = trainer.accelerator.num_processes // trainer.get_tp_size()
+    return float(processes) if trainer.args.average_tokens_across_devices else 1.0

@@ -8,19 +8,8 @@ from sparsehooks import Component, Registry, hookimpl
 @hookimpl
 def register_components(registry: Registry) -> None:
     """Offer them."""
-    registry.add(
-        Component(
-            kind="allocation",
-            name="uniform",
-            target="sparsehooks.builtin.allocations.uniform:Uniform",
-            summary="the same sparsity in every layer",
-        )
-    )
-    registry.add(
-        Component(
-            kind="allocation",
-            name="global",
-            target="sparsehooks.builtin.allocations.over_all:Global",
-            summary="one threshold over all layers",
-        )
-    )
+    for name, target, summary in (
+        ("uniform", "uniform:Uniform", "the same sparsity in every layer"),
+        ("global", "over_all:Global", "one threshold over all layers"),
+    ):
+        registry.add(Component("allocation", name, f"sparsehooks.builtin.allocations.{target}", summary))

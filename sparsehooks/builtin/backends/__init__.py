@@ -8,11 +8,5 @@ from sparsehooks import Component, Registry, hookimpl
 @hookimpl
 def register_components(registry: Registry) -> None:
     """Offer them."""
-    registry.add(
-        Component(
-            kind="backend",
-            name="dense",
-            target="sparsehooks.builtin.backends.dense:Dense",
-            summary="torch, with the dense weight",
-        )
-    )
+    for name, target, summary in (("dense", "dense:Dense", "torch, with the dense weight"),):
+        registry.add(Component("backend", name, f"sparsehooks.builtin.backends.{target}", summary))

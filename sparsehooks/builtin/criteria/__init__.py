@@ -8,19 +8,8 @@ from sparsehooks import Component, Registry, hookimpl
 @hookimpl
 def register_components(registry: Registry) -> None:
     """Offer them."""
-    registry.add(
-        Component(
-            kind="criterion",
-            name="magnitude",
-            target="sparsehooks.builtin.criteria.magnitude:Magnitude",
-            summary="keep the largest absolute values",
-        )
-    )
-    registry.add(
-        Component(
-            kind="criterion",
-            name="random",
-            target="sparsehooks.builtin.criteria.random:Random",
-            summary="keep a random choice, the same on every rank",
-        )
-    )
+    for name, target, summary in (
+        ("magnitude", "magnitude:Magnitude", "keep the largest absolute values"),
+        ("random", "random:Random", "keep a random choice, the same on every rank"),
+    ):
+        registry.add(Component("criterion", name, f"sparsehooks.builtin.criteria.{target}", summary))

@@ -45,7 +45,9 @@ class Hidden(Distiller):
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Batch, learned: Mapping[str, Tensor]
     ) -> Tensor:
         """Shape (items,): the mean over width and layers of the squared difference."""
-        ours, theirs = student["hidden_states"], teacher["hidden_states"]
+        ours, theirs = student.get("hidden_states"), teacher.get("hidden_states")
+        if ours is None or theirs is None:
+            raise SessionError("hidden: the model or its teacher returns no hidden_states (encoder-decoders do not)")
         if self.config.layers == "last":
             ours, theirs = ours[-1:], theirs[-1:]
         if len(ours) != len(theirs):

@@ -54,7 +54,9 @@ class NOfM(Pattern):
         units = {}
         for name, score in scores.items():
             wide = torch.promote_types(score.dtype, torch.float32)  # bfloat16 would make many sums equal
-            units[name] = self._sorted(score).values[..., :lost].sum(dim=-1, dtype=wide)
+            smallest = self._sorted(score).values[..., :lost].to(wide)
+            here = smallest != float("-inf")  # what went in an earlier run loses nothing more
+            units[name] = torch.where(here.any(dim=-1), torch.where(here, smallest, 0).sum(dim=-1), float("-inf"))
         return units
 
     def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -8,11 +8,5 @@ from sparsehooks import Component, Registry, hookimpl
 @hookimpl
 def register_components(registry: Registry) -> None:
     """Offer them."""
-    registry.add(
-        Component(
-            kind="quantizer",
-            name="int8",
-            target="sparsehooks.builtin.quantizers.int8:Int8",
-            summary="8 bits a weight, one scale an output row",
-        )
-    )
+    for name, target, summary in (("int8", "int8:Int8", "8 bits a weight, one scale an output row"),):
+        registry.add(Component("quantizer", name, f"sparsehooks.builtin.quantizers.{target}", summary))

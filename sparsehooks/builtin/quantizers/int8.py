@@ -20,12 +20,19 @@ class Int8(Quantizer):
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
         """The nearest point of the grid; the gradient passes as if it were the weight."""
-        rounded = self.unpack(self.pack(weight), weight.dtype)
+        scales = row_scales(weight.detach())
+        rounded = from_codes(to_codes(weight.detach(), scales), scales, weight.dtype)
         return rounded + (weight - weight.detach())
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """``codes`` int8 of the weight's shape, ``scales`` float32 (rows, 1, ...)."""
+        """``codes`` int8 of the weight's shape, ``scales`` float32 (rows, 1, ...).
+
+        Raises:
+            ValueError: if a value is not finite.
+        """
         scales = row_scales(weight.detach())
+        if not torch.isfinite(scales).all():
+            raise ValueError("values that are not finite cannot be quantized")
         return {"codes": to_codes(weight.detach(), scales), "scales": scales}
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
