@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # on tiny models, threads wait for each other longer than they work
@@ -11,6 +12,16 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_modules(tmp_path_factory):
+    """Plugin files of one test are not there for the next."""
+    yield
+    home = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(home):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -279,5 +280,63 @@ def test_compress_names_what_it_cannot_open(tmp_path):
         sparsehooks.compress(tiny_bert(), RECIPE, calibration=[])
 
 
-def _python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def _python(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+def test_every_flipped_byte_of_the_data_is_found_when_it_opens(tmp_path):
+    sparsehooks.compress(tiny_bert(), RECIPE, out=tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(start, len(whole), (40,), generator=generator).tolist():
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(ArtifactError, match="is damaged"):
+            AutoModel.from_pretrained(tmp_path / "a")
+    path.write_bytes(whole)
+    AutoModel.from_pretrained(tmp_path / "a")
+
+
+def test_a_broken_codec_plugin_stops_nothing_that_does_not_need_it(tmp_path):
+    model = sparsehooks.compress(tiny_bert(), RECIPE, out=tmp_path / "a")
+    (tmp_path / "mine.py").write_text(
+        "from sparsehooks import Component, hookimpl\n"
+        "@hookimpl\n"
+        "def register_components(registry):\n"
+        "    registry.add(Component('codec', 'mine', 'nowhere:Codec', 'broken'))\n"
+    )
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    code = f"""import torch, warnings, sparsehooks
+from transformers import AutoModel
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    opened = AutoModel.from_pretrained({str(tmp_path / "a")!r}).state_dict()
+assert any("the codec 'mine' is not used" in str(w.message) for w in caught)
+state = torch.load({str(tmp_path / "state.pt")!r})
+assert all(torch.equal(opened[k], state[k]) for k in state)
+print("equal")"""
+    for plugins in (str(tmp_path / "mine.py"), f"{tmp_path / 'mine.py'},no:backends"):
+        done = _python(code, SPARSEHOOKS_PLUGINS=plugins)
+        assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_what_else_lies_in_a_replaced_folder_stays(tmp_path):
+    out = tmp_path / "a"
+    sparsehooks.compress(tiny_bert(), RECIPE, out=out)
+    (out / "train.py").write_text("mine")
+    (out / "1_Pooling").mkdir()
+    (out / "1_Pooling" / "config.json").write_text("{}")
+    sparsehooks.save_pretrained(tiny_llama(), out)
+    assert (out / "train.py").read_text() == "mine"
+    assert (out / "1_Pooling" / "config.json").is_file()
+    assert same_state(tiny_llama(), AutoModelForCausalLM.from_pretrained(out))
+
+
+def test_a_plain_module_with_tied_weights_is_saved(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    sparsehooks.save_pretrained(model, tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    assert same_state(stored, dict(model.state_dict()))

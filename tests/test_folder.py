@@ -480,11 +480,11 @@ def test_after_an_error_nothing_is_left(tmp_path, single, error, existing):
 
 
 def test_an_artifact_is_replaced_by_the_new_one(single, tmp_path, codecs):
-    (single / "more" / "notes.txt").unlink()
-    (single / "more").rmdir()
+    others = {name: data for name, data in contents(single).items() if "model" not in name and "config" not in name}
+    assert others
     with new_folder(single) as temporary:
         (temporary / "model.safetensors").write_bytes(b"new")
-    assert contents(single) == {"model.safetensors": b"new"}
+    assert contents(single) == {"model.safetensors": b"new", **others}
     assert [path.name for path in tmp_path.iterdir()] == ["single"]
 
 
@@ -497,16 +497,24 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path, single, codecs):
 
 
 def test_other_content_is_refused_and_untouched(tmp_path, single, codecs):
-    (single / "checkpoint-500").mkdir()
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
     file = tmp_path / "file"
     file.write_text("f")
     before = contents(tmp_path)
-    for out in (other, single):
-        with pytest.raises(ArtifactError, match="already holds other files; choose a new folder"), new_folder(out):
-            pass
+    with pytest.raises(ArtifactError, match="already holds other files; choose a new folder"), new_folder(other):
+        pass
+    late = tmp_path / "late"
+
+    def appear():
+        late.mkdir()
+        (late / "thesis.tex").write_text("written meanwhile")
+
+    with pytest.raises(ArtifactError, match="already holds other files"), new_folder(late):
+        appear()
+    (late / "thesis.tex").unlink()
+    late.rmdir()
     with pytest.raises(ArtifactError, match="is a file; choose a new folder"), new_folder(file):
         pass
     for out in (other, single, file):

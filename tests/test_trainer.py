@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
     Trainer,
@@ -348,7 +349,7 @@ def test_resuming_with_another_recipe_is_refused(tmp_path):
 def test_resuming_without_the_right_start_is_refused(tmp_path, damage):
     recipe = RECIPES["everything"]
     train(tiny_bert(), tmp_path, recipe, sentences(), save_strategy="steps", save_steps=4)
-    start = tmp_path / "sparsehooks-start" / "model.safetensors"
+    (start,) = (tmp_path / "sparsehooks-start").iterdir()
     if damage == "missing":
         start.unlink()
     else:
@@ -418,3 +419,141 @@ def test_the_projection_between_widths_learns_and_survives_a_resume(tmp_path):
     ]
     first, second = (state["distillation"]["learned"][0]["projection"] for state in saved)
     assert not torch.equal(first, second)
+
+
+def test_an_encoder_decoder_distils_from_itself_with_no_loss(tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    rows = sentences(8)
+    for row in rows:
+        row["labels"] = row["input_ids"].flip(0)[:6]
+
+    def first_loss(recipe):
+        torch.manual_seed(0)
+        config = BartConfig(vocab_size=128, d_model=32, dropout=0.0, max_position_embeddings=32, **sizes, **heads)
+        trainer = Ordered(
+            model=BartForConditionalGeneration(config),
+            args=arguments(tmp_path, max_steps=1, logging_steps=1),
+            train_dataset=rows,
+        )
+        if recipe:
+            trainer.add_callback(CompressionCallback(recipe))
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    assert first_loss({"stage": [{"distill": "kl"}]}) == pytest.approx(first_loss(None), abs=1e-6)
+
+
+def test_the_second_door_trains_an_encoder_too(tmp_path):
+    trainer = Trainer(model=tiny_bert(seed=6), args=arguments(tmp_path, max_steps=4), train_dataset=sentences())
+    attach_trainer(trainer, {"stage": [*prune()["stage"], DISTIL]})
+    trainer.train()
+    assert zeros(trainer.model) == expected_zeros(trainer.model, 0.8)
+
+
+def test_an_opened_artifact_keeps_its_zeros_without_a_prune_stage(tmp_path):
+    sparsehooks.compress(tiny_classifier(), prune(0.8), out=tmp_path / "a")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    gone = {name: weight == 0 for name, weight in linear_weights(model).items()}
+    train(model, tmp_path / "run", {"stage": [KL]}, labelled())
+    assert all(torch.equal(weight == 0, gone[name]) for name, weight in linear_weights(model).items())
+    model.save_pretrained(tmp_path / "b")
+    base = AutoModel.from_pretrained(tmp_path / "b")
+    train(base, tmp_path / "run2", {"stage": [DISTIL]}, sentences())
+    assert all(torch.equal(weight == 0, gone[f"bert.{name}"]) for name, weight in linear_weights(base).items())
+
+
+def test_the_terms_of_multi_label_models_are_means_over_samples(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_bert(BertForSequenceClassification, num_labels=10, problem_type="multi_label_classification")
+    tiny_bert(BertForSequenceClassification, 2, num_labels=10).save_pretrained(tmp_path / "teacher")
+    rows = [{**row, "labels": torch.rand(10).round()} for row in sentences(8)]
+    losses = {}
+    for weight in (None, 1.0):
+        recipe = {"stage": [{"distill": "kl", "teacher": str(tmp_path / "teacher")}]}
+        trainer = Ordered(
+            model=copy.deepcopy(model), args=arguments(tmp_path, max_steps=1, logging_steps=1), train_dataset=rows
+        )
+        if weight:
+            trainer.add_callback(CompressionCallback(recipe))
+        trainer.train()
+        losses[weight] = trainer.state.log_history[0]["loss"]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
+    teacher = BertForSequenceClassification.from_pretrained(tmp_path / "teacher")
+    with torch.no_grad():
+        ours, theirs = (m(**batch).logits.div(2).log_softmax(-1) for m in (model, teacher.eval()))
+    term = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * 4
+    assert losses[1.0] - losses[None] == pytest.approx(float(term), abs=1e-5)
+
+
+def test_two_callbacks_or_a_run_that_broke_off_are_named(tmp_path):
+    trainer = Trainer(model=tiny_classifier(), args=arguments(tmp_path), train_dataset=labelled())
+    trainer.add_callback(CompressionCallback(prune()))
+    trainer.add_callback(CompressionCallback({"stage": [KL]}))
+    with pytest.raises(SessionError, match="one recipe and one callback"):
+        trainer.train()
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = tiny_classifier()
+    callback = CompressionCallback({"stage": [{"quantize": "int8"}]})
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=labelled(), callbacks=[callback, Stops()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(sparsehooks.PlanError, match="has not ended; call detach"):
+        train(model, tmp_path, {"stage": [{"quantize": "int8"}]}, labelled())
+    callback.detach()
+    train(model, tmp_path, {"stage": [{"quantize": "int8"}]}, labelled())
+
+
+def test_resuming_a_run_of_another_length_is_refused(tmp_path):
+    train(tiny_classifier(), tmp_path, prune(), labelled(), save_strategy="steps", save_steps=4, max_steps=8)
+    with pytest.raises(SessionError, match="another length"):
+        train(tiny_classifier(), tmp_path, prune(), labelled(), resume=str(tmp_path / "checkpoint-4"), max_steps=20)
+
+
+class Writes(sparsehooks.Criterion):
+    def score(self, view):
+        return view.weight.mul_(2).abs()
+
+
+class NotFinite(sparsehooks.Criterion):
+    def score(self, view):
+        return view.weight * float("nan")
+
+
+@pytest.mark.parametrize(("cls", "message"), [(Writes, "must work on a copy"), (NotFinite, "scores of .* not finite")])
+def test_a_bad_criterion_is_blamed_and_not_the_weights(cls, message):
+    class Plugin:
+        @sparsehooks.hookimpl
+        def register_components(self, registry):
+            registry.add(sparsehooks.Component("criterion", "bad", cls, "bad"))
+
+    with pytest.raises(SessionError, match=message) as raised:
+        sparsehooks.compress(tiny_bert(), prune(prune="bad"), plugins=[Plugin()])
+    assert "raised by plugin 'Plugin'" in raised.value.__notes__[0]
+
+
+def test_a_failed_compress_leaves_no_layer_swapped_and_tells_the_plugins():
+    heard = []
+
+    class Plugin:
+        @sparsehooks.hookimpl
+        def register_components(self, registry):
+            registry.add(sparsehooks.Component("criterion", "bad", NotFinite, "bad"))
+
+        @sparsehooks.hookimpl
+        def session_finished(self, session, error):
+            heard.append((session.sparsity, type(error)))
+
+    model = tiny_bert()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(SessionError):
+        sparsehooks.compress(model, {"stage": [{"quantize": "int8"}, *prune(prune="bad")["stage"]]}, plugins=[Plugin()])
+    assert classes == [type(module) for module in model.modules()]
+    assert heard == [(0.0, SessionError)]

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from sparsehooks.errors import ArtifactError
 
-WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
-"""Files of an earlier model, which a new one takes the place of."""
+WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?|(generation_)?config\.json")
+"""Files of an earlier model, which a new one takes the place of, whether it has the same ones or not."""
 
 
 @contextmanager
