@@ -32,7 +32,7 @@ def test_the_fast_demo_compresses_saves_and_reopens(tmp_path):
     assert found["embeddings.word_embeddings.weight"].values == "int8"
     assert found["encoder.layer.0.output.dense.weight"].positions == "bitmap"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert "training, step 40 of 40" in done.stderr or "done" in done.stderr
+    assert "done" in done.stderr
 
 
 def test_what_is_missing_is_named_before_the_work(tmp_path):

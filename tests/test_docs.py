@@ -57,7 +57,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
         if language == "python" and not text.startswith("# my_"):
             exec(compile(text, "README.md", "exec"), names)
     assert sparsehooks.inspect("small").zeros > 0
-    assert {row.positions for row in sparsehooks.inspect("small-too").tensors} >= {None}
+    assert sparsehooks.inspect("smaller").bytes < sparsehooks.inspect("small-too").bytes
     for _, module in net.named_modules():
         if isinstance(module, torch.nn.Linear):
             assert ((module.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
@@ -128,7 +128,7 @@ def test_the_public_names_exist_and_are_what_the_type_checker_sees():
         sparsehooks.nothing  # noqa: B018
 
 
-def test_every_kind_is_checked_by_a_conformance_suite():
+def test_every_kind_has_a_component_that_the_conformance_suites_run_over():
     from sparsehooks.plugins import installed_catalog
 
     assert {record.component.kind for record in installed_catalog().records()} == set(KINDS)

@@ -391,7 +391,7 @@ def test_an_error_in_the_middle_detaches(tmp_path):
     assert not model._forward_pre_hooks
 
 
-def test_a_callback_added_twice_or_copied_does_no_harm(tmp_path):
+def test_a_copied_callback_is_as_good_as_the_original(tmp_path):
     trainer = Trainer(model=tiny_classifier(), args=arguments(tmp_path, max_steps=3), train_dataset=labelled())
     callback = CompressionCallback(prune())
     trainer.add_callback(copy.copy(callback))

@@ -50,7 +50,7 @@ class TensorBoard:
     @hookimpl
     def session_started(self, session: SessionView) -> None:
         """Open the writer."""
-        if not _writes():
+        if session.rank != 0:
             return
         from torch.utils.tensorboard import SummaryWriter
 
@@ -124,13 +124,6 @@ def picture(mask: Tensor) -> np.ndarray:
         kept = np.add.reduceat(kept, edges, axis=axis, dtype=np.int64)
         area = area * np.expand_dims(np.diff(edges, append=size), 1 - axis)
     return np.round(kept / area * 255).astype(np.uint8)
-
-
-def _writes() -> bool:
-    """Whether this process is the one that writes."""
-    from torch import distributed
-
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 plugin = TensorBoard()
