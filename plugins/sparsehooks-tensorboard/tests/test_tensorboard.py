@@ -199,6 +199,7 @@ def test_folder_defaults_to_runs_sparsehooks(tmp_path, monkeypatch):
 def test_metrics_that_are_no_numbers_are_left_out(tmp_path):
     class View:
         step = 3
+        rank = 0
 
     view, board = View(), TensorBoard(tmp_path)
     board.session_started(view)
