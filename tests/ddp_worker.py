@@ -64,7 +64,8 @@ def main(folder, mode):
     if mode == "run":
         trainer.save_model(folder / "artifact")
     if world > 1:
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        os._exit(0)  # torch can deadlock where it takes a gloo group down: its thread waits for the interpreter lock
 
 
 if __name__ == "__main__":
