@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sparsehooks.artifact.register import register
 
 if TYPE_CHECKING:
+    from sparsehooks.artifact.access import load_state_dict as load_state_dict, safe_open as safe_open
+    from sparsehooks.artifact.convert import convert as convert
     from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
     from sparsehooks.artifact.write import save_pretrained as save_pretrained
     from sparsehooks.catalog import Component as Component, Registry as Registry
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "artifact.access": "load_state_dict safe_open",
+    "artifact.convert": "convert",
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
     "catalog": "Component Registry",

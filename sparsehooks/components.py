@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+Level = Literal["fast", "balanced", "small"]
+"""How much work saving may put into a smaller file."""
+LEVELS: tuple[Level, ...] = ("fast", "balanced", "small")
+"""From the least work to the most."""
+
+
 class Need(enum.Enum):
     """Something that the session collects once for all components that declare it in ``needs``."""
 
@@ -260,47 +266,54 @@ class Distiller(ComponentBase):
 class Codec(ComponentBase):
     """How does a tensor lie in the file?
 
-    A tensor is written by two codecs: one for the *positions* that carry a value, one for those *values*. Arrays
-    are numpy; ``decode`` reads bytes that anybody may have written, so it checks every length and range before it
-    allocates, and raises ``ArtifactError``; the reader has verified the checksums and adds the tensor's name.
+    A tensor is cut into chunks of about 2^18 elements, and each chunk is written by two codecs: one for the
+    *positions* that carry a value, one for those *values*. The writer takes for each chunk the codecs that give the
+    fewest bytes. Arrays are numpy; ``decode`` reads bytes that anybody may have written, so it checks every length
+    and range before it allocates, and raises ``ArtifactError``; the reader has verified the checksum and adds the
+    tensor's name.
+
+    Positions are the flat indices of the kept elements of the chunk: intp, shape (count,), strictly ascending.
+    Values are the bits of the kept elements in that order: unsigned integers of the dtype's width, shape (count,).
 
     Attributes:
         role: which of the two it is.
-        sections: the names of the byte sections that it writes, unique within the codec.
+        level: the first level of compression at which the writer tries it: "fast" (simple to decode), "balanced" (the
+            default of saving) or "small" (a few percent less for a slower save). Readers know all levels.
     """
 
     kind = "codec"
     role: ClassVar[Literal["positions", "values"]]
-    sections: ClassVar[tuple[str, ...]]
+    level: ClassVar[Level] = "fast"
 
     @abstractmethod
     def bound(self, data: np.ndarray, layout: Layout) -> int | None:
-        """The exact number of bytes that ``encode`` will write, or None if this codec cannot hold the data.
+        """The fewest bytes that ``encode`` may need, exact where that is cheap to say; None if it cannot hold the data.
+
+        The writer tries codecs in the order of their bounds, and stops where no bound is below what it has.
 
         Args:
-            data: for positions, bool (rows, columns), True where a value is not zero; for values, the kept values in
-                row-major order as an unsigned integer array of their bits.
-            layout: shape, dtype and counts.
+            data: positions that are not zero, or values.
+            layout: shape, dtype and counts of the chunk.
         """
 
     def cover(self, data: np.ndarray, layout: Layout) -> np.ndarray:
         """The positions that will carry a value, of which some may be zero; asked only of position codecs.
 
         Args:
-            data: bool (rows, columns), of which ``bound`` is not None.
-            layout: shape, dtype and counts.
+            data: positions of which ``bound`` is not None.
+            layout: shape, dtype and counts of the chunk.
 
         Returns:
-            bool (rows, columns), True wherever ``data`` is: what ``encode`` receives. Default: the data itself.
+            positions, a superset of the data: what ``encode`` receives. Default: the data itself.
         """
         return data
 
     @abstractmethod
-    def encode(self, data: np.ndarray, layout: Layout) -> dict[str, bytes]:
-        """The sections, by name, for data of which ``bound`` is not None."""
+    def encode(self, data: np.ndarray, layout: Layout) -> bytes:
+        """The bytes for data of which ``bound`` is not None."""
 
     @abstractmethod
-    def decode(self, sections: Mapping[str, memoryview], layout: Layout) -> np.ndarray:
+    def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """The data again, bit for bit: same dtype and shape as ``encode`` received."""
 
 

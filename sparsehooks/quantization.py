@@ -1,56 +1,67 @@
-"""The arithmetic of the symmetric int8 grid, one scale a row: shared by the quantizer and the codec.
+"""The arithmetic of symmetric integer grids, one scale a row: shared by quantizers and codecs.
 
-The scale of a row is the largest magnitude divided by 127 and rounded to 17 significant bits, so that a code (7 bits)
-times a scale needs at most the 24 bits that float32 has: every grid value is exact, and the scale can be found again
-from the values alone. In bfloat16 and float16 the product is rounded once more, which keeps the largest magnitude of
-a row whose values have that dtype already. So quantizing a second time changes no bit, for every finite row of
-float32, bfloat16 or float16 values, subnormal and huge ones included: scales are kept within [2^-126, 2.68e36], where
-all products are exact and finite.
+The scale of a row is the largest magnitude divided by the largest code (127 for int8) and rounded to 17 significant
+bits, so that a code (7 bits) times a scale needs at most the 24 bits that float32 has: every grid value is exact, and
+the scale can be found again from the values alone. In bfloat16 and float16 the product is rounded once more, which
+keeps the largest magnitude of a row whose values have that dtype already. So quantizing a second time changes no bit,
+for every finite row of float32, bfloat16 or float16 values, subnormal and huge ones included: scales are kept from
+2^-126 to where all products are exact and finite (2.68e36 for int8).
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-_CODE_MAX = 127
 _SCALE_MIN = 2.0**-126  # the smallest normal float32; a row with smaller steps is rounded to multiples of it
-_SCALE_MAX = 66052 * 2.0**105  # the largest number of 17 significant bits whose 127-fold is a finite float32
 _DROPPED_BITS = 24 - 17
 
 
-def row_scales(weight: Tensor) -> Tensor:
+def _largest_scale(code_max: int) -> float:
+    """The largest number of 17 significant bits that gives a finite float32 times the largest code."""
+    mantissa, exponent = math.frexp(torch.finfo(torch.float32).max / code_max)
+    return math.ldexp(math.floor(mantissa * (1 << 17)), exponent - 17)
+
+
+_SCALE_MAX = {code_max: _largest_scale(code_max) for code_max in (1, 3, 7, 15, 31, 63, 127)}
+
+
+def row_scales(weight: Tensor, code_max: int = 127) -> Tensor:
     """The scale of each row of a weight.
 
     Args:
         weight: shape (rows, ...) with at least two dimensions, none of them empty; any floating dtype, of which only
             the largest magnitudes are converted to float32.
+        code_max: the largest code, ``2 ** (bits - 1) - 1`` of a grid of 2 to 8 bits.
 
     Returns:
         float32, shape (rows, 1, ...), which broadcasts against the weight: 17 significant bits, rounded to nearest
-        even, within [2^-126, 66052 * 2^105]; 1 for a row of zeros.
+        even, at least 2^-126; 1 for a row of zeros.
 
     A value that is not finite makes the scale of its row, and so all its values, NaN. Nothing is raised, because this
     runs in every forward of quantized training, where a check would stop the device and ``torch.compile``.
     """
     largest = weight.detach().abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True).to(torch.float32)
-    bits = (largest / _CODE_MAX).clamp(_SCALE_MIN, _SCALE_MAX).view(torch.int32)
+    bits = (largest / code_max).clamp(_SCALE_MIN, _SCALE_MAX[code_max]).view(torch.int32)
     half = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
     scales = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
     return scales.masked_fill(largest == 0, 1.0).masked_fill(~torch.isfinite(largest), torch.nan)
 
 
-def to_codes(weight: Tensor, scales: Tensor) -> Tensor:
+def to_codes(weight: Tensor, scales: Tensor, code_max: int = 127) -> Tensor:
     """The code nearest to each value; ties go to the even code.
 
     Args:
         weight: finite values, any shape and floating dtype.
         scales: float32 from ``row_scales``; broadcasts against the weight.
+        code_max: the largest code.
 
     Returns:
-        int8, the shape of the weight, within [-127, 127].
+        int8, the shape of the weight, within [-code_max, code_max].
     """
-    return (weight.detach().to(torch.float32) / scales).round_().clamp_(-_CODE_MAX, _CODE_MAX).to(torch.int8)
+    return (weight.detach().to(torch.float32) / scales).round_().clamp_(-code_max, code_max).to(torch.int8)
 
 
 def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sparsehooks.components import (
     KINDS,
+    LEVELS,
     Allocation,
     Backend,
     Codec,
@@ -271,12 +272,14 @@ def _tensors(output: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _check_codec(component: ComponentBase) -> None:
+    import numpy as np
+
     codec = cast(Codec, component)
     assert codec.role in ("positions", "values"), f"role must be 'positions' or 'values', got {codec.role!r}"
-    assert codec.sections, "a codec needs at least one section"
-    assert len(set(codec.sections)) == len(codec.sections), "the names of sections must differ"
+    assert codec.level in LEVELS, f"level must be one of {', '.join(LEVELS)}, got {codec.level!r}"
     held = 0
     for given, layout in _positions() if codec.role == "positions" else _values():
+        before = given.copy()
         bound = codec.bound(given, layout)
         if bound is None:
             continue
@@ -284,57 +287,100 @@ def _check_codec(component: ComponentBase) -> None:
         data = given
         if codec.role == "positions":
             data = codec.cover(given, layout)
-            assert data.shape == given.shape, "cover() must keep the shape"
-            assert data.dtype == bool, f"cover() must give bool, got {data.dtype}"
-            assert not (given & ~data).any(), "cover() must cover every nonzero"
-            layout = dataclasses.replace(layout, count=int(data.sum()))  # noqa: PLW2901 - what the file would say
-        sections = codec.encode(data, layout)
-        assert set(sections) == set(codec.sections), f"encode() must give the sections {codec.sections}"
-        size = sum(len(section) for section in sections.values())
-        assert size == bound, f"bound() says {bound} bytes, encode() gives {size}"
-        decoded = codec.decode({name: memoryview(section) for name, section in sections.items()}, layout)
-        assert decoded.dtype == data.dtype, f"decode() must give {data.dtype}, got {decoded.dtype}"
-        assert decoded.shape == data.shape, f"decode() must give the shape {data.shape}, got {decoded.shape}"
+            layout = dataclasses.replace(layout, count=data.size)  # noqa: PLW2901 - what the file would say
+            _check_decoded("cover()", data, codec, layout)
+            assert np.isin(given, data).all(), "cover() must keep every position that is not zero"
+        part = codec.encode(data, layout)
+        assert isinstance(part, bytes), f"encode() must give bytes, got {type(part).__name__}"
+        assert bound <= len(part), f"bound() says that {bound} bytes are the fewest, encode() gives {len(part)}"
+        assert (given == before).all(), "bound(), cover() and encode() must leave the data as they are"
+        decoded = codec.decode(memoryview(part), layout)
+        _check_decoded("decode()", decoded, codec, layout)
         assert (decoded == data).all(), "decode() must give back every bit"
-        for name in codec.sections:
-            _check_refusal(codec, {**sections, name: sections[name] + b"\0"}, layout)
-            _check_refusal(codec, {**sections, name: sections[name][:-1]}, layout)
+        for lie in _lies(part):
+            _check_lie(codec, lie, layout)
+        if codec.role == "positions":
+            for count in (0, data.size + 1, 2**32 - 1):
+                _check_lie(codec, part, dataclasses.replace(layout, count=count))
     assert held, "bound() must accept one of the arrays of the check"
 
 
-def _check_refusal(codec: Codec, sections: Mapping[str, bytes], layout: Layout) -> None:
+def _check_decoded(method: str, data: np.ndarray, codec: Codec, layout: Layout) -> None:
+    """Whether an array is one of positions or values as the layout describes it."""
+    import numpy as np
+
+    dtype = np.dtype(np.intp) if codec.role == "positions" else layout.bits
+    assert data.dtype == dtype, f"{method} must give {dtype}, got {data.dtype}"
+    assert data.shape == (layout.count,), f"{method} must give the shape {(layout.count,)}, got {data.shape}"
+    if codec.role == "positions" and data.size:
+        assert (data[1:] > data[:-1]).all(), f"{method} must give ascending positions"
+        assert 0 <= data[0] <= data[-1] < layout.size, f"{method} must give positions within the chunk"
+
+
+def _check_lie(codec: Codec, part: bytes, layout: Layout) -> None:
+    """Bytes that anybody wrote are refused, or are those of other data."""
     try:
-        codec.decode({name: memoryview(section) for name, section in sections.items()}, layout)
+        decoded = codec.decode(memoryview(part), layout)
     except ArtifactError:
         return
-    raise AssertionError("decode() must refuse sections of the wrong length with ArtifactError")
+    except Exception as error:
+        raise AssertionError(f"decode() must refuse bytes that lie with ArtifactError, not {error!r}") from error
+    _check_decoded("decode() of bytes that lie", decoded, codec, layout)
+
+
+def _lies(part: bytes) -> Iterator[bytes]:
+    """A byte more, a byte less, and some that are others: the first ones most often, which say what the rest is."""
+    import numpy as np
+
+    yield part + b"\0"
+    if not part:
+        return
+    yield part[:-1]
+    random = np.random.default_rng(0)
+    places = (random.random(64) ** 4 * len(part)).astype(int)
+    values = random.integers(-64, 320, 64).clip(0, 255)  # 0 and 255 most often
+    for place, value in zip(places.tolist(), values.tolist(), strict=True):
+        lie = bytearray(part)
+        lie[place] = value
+        yield bytes(lie)
 
 
 def _positions() -> Iterator[tuple[np.ndarray, Layout]]:
     import numpy as np
 
     random = np.random.default_rng(0)
-    for rows, columns in ((12, 24), (7, 13)):
-        for density in (0.05, 0.5, 0.95):
-            data = random.random((rows, columns)) < density
-            yield data, Layout("F32", rows, columns, int(data.sum()))
-    pairs = np.argsort(random.random((12, 6, 4)), axis=-1) < 2  # two of each four
-    yield pairs.reshape(12, 24), Layout("F32", 12, 24, 144)
+    masks = [random.random(shape) < density for shape in ((12, 24), (7, 13)) for density in (0, 0.05, 0.5, 0.95, 1)]
+    masks.append(np.argsort(random.random((12, 6, 4)), axis=-1) < 2)  # two of each four
+    masks.append(np.outer(random.random(12) < 0.5, random.random(24) < 0.5))
+    for mask in masks:
+        data = np.flatnonzero(mask)
+        yield data, Layout("F32", len(mask), mask.size // len(mask), data.size)
 
 
 def _values() -> Iterator[tuple[np.ndarray, Layout]]:
     import numpy as np
     import torch
 
+    from sparsehooks.artifact.header import DTYPES
     from sparsehooks.quantization import from_codes, row_scales, to_codes
 
-    for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
-        weight = _normal(6, 16, dtype=dtype)
-        scales = row_scales(weight)
-        few = (weight * 2).round() / 2
-        for values in (weight, from_codes(to_codes(weight, scales), scales, dtype), few):
-            bits = values.flatten().view({2: torch.uint16, 4: torch.uint32}[dtype.itemsize]).numpy()
-            yield bits, Layout(name, 6, 16, bits.size, np.full(6, 16, np.int64))
+    weight = _normal(6, 16) * (_normal(6, 16, seed=1) > 0)
+    for name, (dtype, bits) in DTYPES.items():
+        if not dtype.is_floating_point:
+            matrices = [(3 * weight).abs().to(dtype)]
+        else:
+            matrices = [weight.to(dtype), ((2 * weight).round() / 2).to(dtype)]
+        if name in ("F32", "BF16", "F16"):
+            scales = row_scales(matrices[0])
+            matrices.append(from_codes(to_codes(matrices[0], scales), scales, dtype))
+        if name != "BOOL":
+            random = np.random.default_rng(0).integers(0, 256, 96 * dtype.itemsize, dtype=np.uint8)
+            matrices.append(torch.from_numpy(random).view(dtype).view(6, 16))
+        for matrix in matrices:
+            dense = matrix.view(bits).numpy().reshape(-1)
+            positions = np.flatnonzero(dense)
+            yield dense, Layout(name, 6, 16, dense.size)
+            yield dense[positions], Layout(name, 6, 16, positions.size, positions)
 
 
 # ---------------------------------------------------------------------------------------------------- running

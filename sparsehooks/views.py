@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -88,28 +89,46 @@ class Batch:
         return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """What is known of an encoded tensor before its sections are read.
+    """What a codec knows of a chunk, the piece of a tensor that is encoded at once, before it reads any bytes.
 
     Attributes:
-        dtype: the safetensors name of the tensor's dtype ("F32", "BF16", "F16", ...).
-        rows: the first dimension.
-        columns: the product of the other dimensions.
-        count: how many values the position codec keeps; ``rows * columns`` without one.
-        row_counts: int64 (rows,), how many of them lie in each row. Only values codecs receive it.
+        dtype: the safetensors name of the tensor's dtype ("F32", "BF16", "I8", ...).
+        rows: rows of the chunk, by the tensor's first dimension; 1 if the chunk is shorter than a row of the tensor.
+        columns: elements of a row, over all other dimensions.
+        count: how many values are kept; ``rows * columns`` without a position codec.
+        positions: where they lie in the chunk, flat and ascending (intp); None if every element has a value. Only
+            codecs of values receive it.
     """
 
     dtype: str
     rows: int
     columns: int
     count: int
-    row_counts: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
     @property
     def size(self) -> int:
         """The number of elements."""
         return self.rows * self.columns
+
+    @property
+    def bits(self) -> np.dtype[Any]:
+        """The unsigned integers that hold the bits of a value: "<u2" for "BF16"."""
+        import numpy as np
+
+        width = 8 if self.dtype == "BOOL" else int(re.findall(r"\d+", self.dtype)[0])
+        return np.dtype(f"<u{width // 8}")
+
+    def row_counts(self) -> np.ndarray:
+        """How many of the values lie in each row; int64, shape (rows,)."""
+        import numpy as np
+
+        if self.positions is None:
+            return np.full(self.rows, self.columns, np.int64)
+        starts = np.arange(self.rows + 1, dtype=np.int64) * self.columns
+        return np.diff(np.searchsorted(self.positions, starts))
 
 
 class SessionView:

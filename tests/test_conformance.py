@@ -6,6 +6,7 @@ import torch
 
 from sparsehooks import (
     Allocation,
+    ArtifactError,
     Backend,
     Codec,
     Component,
@@ -218,53 +219,101 @@ class Contrastive(Distiller):
         return batch.items((difference / difference.max()).mean(dim=-1))
 
 
-class Forgetful(Codec):
+class Copied(Codec):
+    """Values as they are; what the wrong ones are made from."""
+
     role = "values"
-    sections = ("bits",)
 
     def bound(self, data, layout):
         return data.nbytes
 
     def encode(self, data, layout):
-        return {"bits": data.tobytes()}
+        return data.tobytes()
 
-    def decode(self, sections, layout):
-        return np.zeros(layout.count, {"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}[layout.dtype])
+    def decode(self, part, layout):
+        return np.frombuffer(part, layout.bits)
 
 
-class Optimistic(Codec):
-    """Promises fewer bytes than it writes."""
+class Forgetful(Copied):
+    def decode(self, part, layout):
+        return np.zeros(layout.count, layout.bits)
 
-    role = "positions"
-    sections = ("bytes",)
+
+class Pessimistic(Copied):
+    """Promises more bytes than it writes."""
 
     def bound(self, data, layout):
-        return layout.size // 8
-
-    def encode(self, data, layout):
-        return {"bytes": data.tobytes()}
-
-    def decode(self, sections, layout):
-        return np.frombuffer(sections["bytes"], np.bool_).reshape(layout.rows, layout.columns)
+        return data.nbytes + 1
 
 
-class Trusting(Codec):
+class Reckless(Copied):
+    """Lets numpy complain about wrong lengths."""
+
+
+class Trusting(Copied):
     """Reads bytes without counting them."""
 
+    def decode(self, part, layout):
+        return np.frombuffer(part[: len(part) - len(part) % layout.bits.itemsize], layout.bits)
+
+
+class Unknown(Copied):
+    level = "tiny"
+
+
+class Picky(Copied):
+    def bound(self, data, layout):
+        return None
+
+
+class Destructive(Copied):
+    def encode(self, data, layout):
+        part = data.tobytes()
+        data[:] = 0
+        return part
+
+
+class Listed(Codec):
+    """Positions as numbers; what the wrong ones are made from."""
+
     role = "positions"
-    sections = ("bytes",)
 
     def bound(self, data, layout):
-        return layout.size
+        return 0
 
     def encode(self, data, layout):
-        return {"bytes": data.tobytes()}
+        return data.tobytes()
 
-    def decode(self, sections, layout):
-        data = np.zeros(layout.size, np.bool_)
-        given = np.frombuffer(sections["bytes"], np.bool_)[: layout.size]
-        data[: given.size] = given
-        return data.reshape(layout.rows, layout.columns)
+    def decode(self, part, layout):
+        if len(part) != 8 * layout.count:
+            raise ArtifactError("wrong length")
+        return np.frombuffer(part, np.intp)
+
+
+class Selective(Listed):
+    """Loses the first position."""
+
+    def cover(self, data, layout):
+        return data[1:]
+
+
+class Narrow(Listed):
+    def decode(self, part, layout):
+        return super().decode(part, layout).astype(np.int32)
+
+
+class Disorderly(Listed):
+    """Believes that whoever wrote the positions sorted them."""
+
+
+class Far(Listed):
+    """Believes that whoever wrote the positions stayed within the chunk."""
+
+    def decode(self, part, layout):
+        positions = super().decode(part, layout)
+        if (positions[1:] <= positions[:-1]).any() or positions.min(initial=0) < 0:
+            raise ArtifactError("not ascending")
+        return positions
 
 
 class Silent(Backend):
@@ -307,8 +356,16 @@ WRONG = {
     Detached: "pass a gradient",
     Contrastive: "other samples",
     Forgetful: "every bit",
-    Optimistic: "bound\\(\\) says",
-    Trusting: "wrong length",
+    Pessimistic: "bound\\(\\) says",
+    Reckless: "with ArtifactError, not ValueError",
+    Trusting: "bytes that lie must give the shape",
+    Unknown: "level must be one of fast, balanced, small",
+    Picky: "accept one of the arrays",
+    Destructive: "leave the data",
+    Selective: "keep every position",
+    Narrow: "must give int64, got int32",
+    Disorderly: "must give ascending positions",
+    Far: "within the chunk",
     Silent: "reason for a no",
     Rounding: "keep the outputs",
 }

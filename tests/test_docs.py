@@ -108,11 +108,14 @@ def test_the_reference_is_what_the_code_says():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sparsehooks" / "builtin").rglob("*.py")), ids=lambda path: path.name)
-def test_built_ins_import_public_names_only(path):
+def test_built_ins_import_public_names_and_their_siblings_only(path):
+    siblings = {".".join(other.relative_to(ROOT).with_suffix("").parts) for other in path.parent.glob("[!_]*.py")}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("sparsehooks") for alias in node.names)
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("sparsehooks")):
+            if node.module in siblings and not node.level:
+                continue
             assert node.module == "sparsehooks"
             assert {alias.name for alias in node.names} <= set(sparsehooks.__all__)
 

@@ -1,21 +1,29 @@
 """Saved folders: read strictly, verified to the bit, undone exactly, written whole or not at all."""
 
+import fcntl
+import itertools
 import json
 import os
 import random
+import shutil
+import signal
 import stat
 import struct
 import subprocess
 import sys
-import textwrap
+import time
+import traceback
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparsehooks import ArtifactError, from_codes, row_scales, to_codes
+from sparsehooks import ArtifactError, from_codes, load_state_dict, row_scales, to_codes
+from sparsehooks.artifact import atomic, reading
 from sparsehooks.artifact.container import encode, is_blob
 from sparsehooks.artifact.folder import (
     Folder,
@@ -26,7 +34,8 @@ from sparsehooks.artifact.folder import (
     new_folder,
     verify,
 )
-from sparsehooks.artifact.shards import Shard, write_shard
+from sparsehooks.artifact.shards import Shard, ShardWriter
+from sparsehooks.artifact.stored import Stored
 
 CONFIG = {"model_type": "bert", "quantization_config": {"quant_method": "sparsehooks", "version": "1"}}
 
@@ -77,8 +86,9 @@ def encoded(state, codecs):
 def save(folder, shards, *, config=CONFIG, index=None):
     """Write an artifact from the stored tensors of each file."""
     folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", **checksums({name: tensors[name] for tensors in shards.values() for name in tensors})}
     for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt", **checksums(tensors)})
+        save_file(tensors, folder / file, metadata=metadata)
     if len(shards) > 1:
         where = {name: file for file, tensors in shards.items() for name in tensors}
         fields = {"metadata": {"total_size": 1, "total_parameters": 2}, "weight_map": where}
@@ -157,7 +167,8 @@ def test_inspect_and_verify_tell_what_is_there(kind, look, request, codecs):
         assert row.sparsity == row.zeros / max(1, tensor.numel())
         assert row.bits_per_weight == 8 * row.bytes / max(1, tensor.numel())
     codecs_of = {name: (row.positions, row.values) for name, row in rows.items() if row.values}
-    assert codecs_of == {"a.weight": ("bitmap", "raw"), "b.weight": ("bitmap", "raw"), "b.codes": (None, "int8")}
+    gaps = ("gaps", "exponent")
+    assert codecs_of == {"a.weight": gaps, "b.weight": gaps, "b.codes": (None, "int")}
     assert rows["b.weight"].dtype == "BF16"
     assert rows["c.float8"].dtype == "F8_E4M3"
     totals = found.to_dict()["totals"]
@@ -172,7 +183,7 @@ def test_inspect_and_verify_tell_what_is_there(kind, look, request, codecs):
 
 def test_tensors_are_read_one_at_a_time(sharded):
     folder = Folder.open(sharded)
-    stored = {entry.name: shard.read(entry) for shard, entry in folder.entries()}
+    stored = {entry.name: shard.read(entry, 0, entry.length) for shard, entry in folder.entries()}
     assert {name for name, tensor in stored.items() if is_blob(tensor)} == {"a.weight", "b.weight", "b.codes"}
     assert same(stored["a.bias"], state_dict()["a.bias"])
 
@@ -191,18 +202,26 @@ def test_a_plain_module_is_known_by_its_blobs(tmp_path, codecs):
         inspect(bare, codecs=codecs)
 
 
-def test_checksums_of_the_whole_model_may_stand_in_every_shard(tmp_path, codecs):
+def test_the_checksums_of_the_whole_model_stand_in_every_shard(tmp_path, codecs):
     tensors = encoded(state_dict(), codecs)
     folder = tmp_path / "m"
-    names = list(tensors)
-    save(folder, {f"{part}.safetensors": {name: tensors[name] for name in names[part::2]} for part in (0, 1)})
-    for part in (0, 1):
-        some = {name: tensors[name] for name in names[part::2]}
-        save_file(some, folder / f"{part}.safetensors", metadata=checksums(tensors))
+    parts = {f"{part}.safetensors": {name: tensors[name] for name in list(tensors)[part::2]} for part in (0, 1)}
+    save(folder, parts)
     verify(folder, codecs=codecs)
-    extra = checksums(tensors | {"gone": torch.ones(1)})
-    save_file(some, folder / "1.safetensors", metadata=extra)
-    with pytest.raises(ArtifactError, match="'gone', which no file holds"):
+    for some in ({"0.safetensors"}, {"1.safetensors"}, set(parts)):
+        for file in some:
+            save_file(parts[file], folder / file, metadata=checksums(tensors | {"gone": torch.ones(1)}))
+        message = "'gone', which no file holds" if some == set(parts) else "were not saved together"
+        with pytest.raises(ArtifactError, match=message):
+            verify(folder, codecs=codecs)
+        save(folder, parts)
+    save_file(parts["1.safetensors"], folder / "1.safetensors", metadata=checksums(parts["1.safetensors"]))
+    with pytest.raises(ArtifactError, match=r"1.safetensors' and .*0.safetensors' were not saved together"):
+        inspect(folder, codecs=codecs)
+    fewer = checksums({name: tensors[name] for name in tensors if name != "c.ids"})
+    for file, some in parts.items():
+        save_file(some, folder / file, metadata=fewer)
+    with pytest.raises(ArtifactError, match=r"tensor 'c.ids' does not match its checksum"):
         verify(folder, codecs=codecs)
 
 
@@ -212,8 +231,8 @@ def test_installed_codecs_are_the_default(single, tmp_path):
 
 
 def test_a_missing_codec_is_named(single, codecs):
-    fewer = {name: codec for name, codec in codecs.items() if name != "int8"}
-    with pytest.raises(ArtifactError, match=r"tensor 'b.codes': .*'int8'; install the plugin"):
+    fewer = {name: codec for name, codec in codecs.items() if name != "int"}
+    with pytest.raises(ArtifactError, match=r"model.safetensors': tensor 'b.codes': .*'int'; install the plugin"):
         inspect(single, codecs=fewer)
 
 
@@ -408,7 +427,7 @@ def test_truth_values_are_zero_or_one(tmp_path):
     )
     shard = Shard.open(path)
     with pytest.raises(ArtifactError, match="neither true nor false"):
-        shard.read(shard.entries[0])
+        shard.read(shard.entries[0], 0, 2)
 
 
 def test_a_file_that_shrinks_while_it_is_read(single):
@@ -416,20 +435,65 @@ def test_a_file_that_shrinks_while_it_is_read(single):
     path = single / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ArtifactError, match="became shorter"):
-        [shard.read(entry) for shard, entry in folder.entries()]
+        [shard.read(entry, 0, entry.length) for shard, entry in folder.entries()]
 
 
-def test_write_shard_is_what_safetensors_writes(tmp_path):
+def test_no_file_stays_open(sharded):
+    def opened():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = opened()
+    for _ in range(20):
+        folder = Folder.open(sharded)
+    assert opened() == before + 3
+    del folder
+    assert opened() == before
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened(single, monkeypatch):
+    identity, calls, last = reading._identity, itertools.count(), 7
+    monkeypatch.setattr(reading, "_identity", lambda root: (*identity(root), min(next(calls), last)))
+    assert list(Folder.open(single).entries())
+    assert next(calls) == last + 3
+    calls, last = itertools.count(), 1000
+    with pytest.raises(ArtifactError, match=f"'{single}' is changed all the time"):
+        Folder.open(single)
+    (single / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=f"'{single}' is changed all the time"):
+        Folder.open(single)
+
+
+def test_a_folder_that_is_replaced_while_it_is_decompressed(single, tmp_path, codecs):
+    before = contents(tmp_path)
+
+    def replace(done, total):
+        if done == total:
+            single.rename(tmp_path / "old")
+            shutil.copytree(tmp_path / "old", single)
+
+    with pytest.raises(ArtifactError, match=f"'{single}' was replaced while it was read; try again"):
+        decompress(single, tmp_path / "dense", codecs=codecs, progress=replace)
+    shutil.rmtree(tmp_path / "old")
+    assert contents(tmp_path) == before
+
+
+def test_a_shard_is_what_safetensors_writes(tmp_path):
     state = state_dict()
     names = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16"}
     some = {name: tensor for name, tensor in state.items() if tensor.dtype in names}
     contents = {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in sorted(some.items())}
-    write_shard(tmp_path / "ours.safetensors", contents, some.__getitem__, {"format": "pt"})
+    writer = ShardWriter(tmp_path / "ours.safetensors", contents, {"format": "pt"})
+    writer.write(some.__getitem__)
+    writer.finish({"format": "pt"})
     save_file(some, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     loaded = load_file(tmp_path / "ours.safetensors")
     assert all(same(loaded[name], some[name]) for name in some)
     ours, theirs = (Shard.open(tmp_path / f"{which}.safetensors") for which in ("ours", "theirs"))
-    assert ours.entries == theirs.entries
+    assert ours.metadata == theirs.metadata
+    assert {(entry.name, entry.dtype, entry.shape, entry.length) for entry in ours.entries} == {
+        (entry.name, entry.dtype, entry.shape, entry.length) for entry in theirs.entries
+    }
+    assert [entry.dtype for entry in ours.entries] == [entry.dtype for entry in theirs.entries]
 
 
 def test_checksums_are_crc32_of_the_bytes():
@@ -488,6 +552,116 @@ def test_an_artifact_is_replaced_by_the_new_one(single, tmp_path, codecs):
     assert [path.name for path in tmp_path.iterdir()] == ["single"]
 
 
+def test_what_else_lies_in_a_replaced_folder_is_not_touched(single, tmp_path):
+    (single / "private.log").write_text("begun")
+    (single / "private.log").chmod(0o640)
+    (single / "link").symlink_to("nowhere")
+    (single / "more" / "link").symlink_to("..")
+    kept = ["private.log", "tokenizer.json", "more/notes.txt"]
+    before = {name: (single / name).stat() for name in kept}
+    with (single / "private.log").open("a") as log:
+        with new_folder(single) as temporary:
+            (temporary / "model.safetensors").write_bytes(b"new")
+            (temporary / "tokenizer.json").write_text("new")
+        log.write(" and ended")
+    assert (single / "private.log").read_text() == "begun and ended"
+    assert (single / "tokenizer.json").read_text() == "new"
+    assert (single / "link").readlink() == Path("nowhere")
+    assert (single / "more" / "link").readlink() == Path("..")
+    for name in ("private.log", "more/notes.txt"):
+        after = (single / name).stat()
+        assert (after.st_ino, after.st_mode) == (before[name].st_ino, before[name].st_mode)
+    assert not (single / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["single"]
+
+
+@pytest.mark.parametrize("missing", ["exchange", "links", "both"])
+def test_file_systems_that_can_do_less(single, tmp_path, monkeypatch, missing):
+    def refuse(*arguments, **options):
+        raise OSError(95, "Operation not supported")
+
+    if missing != "links":
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    if missing != "exchange":
+        monkeypatch.setattr(os, "link", refuse)
+    others = {name: data for name, data in contents(single).items() if "model" not in name and "config" not in name}
+    for text in (b"new", b"newer"):
+        with new_folder(single) as temporary:
+            save_file(encoded(state_dict(), installed_codecs()), temporary / "model.safetensors")
+            (temporary / "which").write_bytes(text)
+        assert contents(single).keys() == {"model.safetensors", "which", *others}
+        assert others.items() <= contents(single).items()
+        assert (single / "which").read_bytes() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["single"]
+
+
+def test_a_folder_that_cannot_move_leaves_the_old_one(single, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.suffix == ".tmp":
+            raise PermissionError(13, "Permission denied", str(self), None, str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    before = contents(tmp_path)
+    for out in (single, tmp_path / "other"):
+        message = f"cannot write '{out}': Permission denied; nothing was changed"
+        with pytest.raises(ArtifactError, match=message), new_folder(out) as temporary:
+            (temporary / "model.safetensors").write_bytes(b"new")
+        assert contents(tmp_path) == before
+
+
+def test_what_appears_while_a_folder_is_replaced_stays(single, monkeypatch):
+    exchange = atomic._exchange
+
+    def late(first, second):
+        (second / "late.txt").write_text("late")
+        return exchange(first, second)
+
+    monkeypatch.setattr(atomic, "_exchange", late)
+    with new_folder(single) as temporary:
+        (temporary / "model.safetensors").write_bytes(b"new")
+    assert (single / "late.txt").read_text() == "late"
+    assert (single / "model.safetensors").read_bytes() == b"new"
+
+
+def test_what_killed_runs_left_is_removed(single, tmp_path):
+    def leave(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+        return name
+
+    leave(".single.0123abcd.tmp")
+    leave(".single.ffffffff.tmp")
+    locked = leave(".single.00000000.tmp")
+    kept = {
+        leave(name) for name in (".single.notes.tmp", ".other.0123abcd.tmp", ".single.0123abcd.old", "0123abcd.tmp")
+    }
+    (tmp_path / ".single.11111111.tmp").write_text("a file")
+    (tmp_path / ".single.22222222.tmp").symlink_to(locked)
+    kept |= {".single.11111111.tmp", ".single.22222222.tmp", "single"}
+    running = os.open(tmp_path / locked, os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_EX)
+
+    def fill(folder, value):
+        tensors = {"w": torch.tensor(value)}
+        save_file(tensors, folder / "model.safetensors", metadata=checksums(tensors))
+
+    with new_folder(single) as first:
+        fill(first, 1)
+        assert {path.name for path in tmp_path.iterdir()} == kept | {locked, first.name}
+        with new_folder(single) as second:  # nobody removes the folder of a run that goes on
+            fill(second, 2)
+        assert load_state_dict(single) == {"w": 2}
+    assert load_state_dict(single) == {"w": 1}
+    os.close(running)
+    with new_folder(single) as temporary:
+        fill(temporary, 3)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path, single, codecs):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -523,23 +697,62 @@ def test_other_content_is_refused_and_untouched(tmp_path, single, codecs):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("limit", [2000, 40_000])
-def test_no_room(single, tmp_path, limit):
-    code = f"""
-        import resource, sys
-        from sparsehooks import ArtifactError, decompress
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-        try:
-            decompress({str(single)!r}, {str(tmp_path / "new" / "dense")!r})
-        except ArtifactError as error:
-            print(error)
-    """
-    before = contents(tmp_path)
+def refusals(*lines):
+    """What the lines of a program say, of which each is refused; root may write everywhere, so it is no root here."""
+    code = ["import ctypes, os, resource, torch", "from sparsehooks import ArtifactError, decompress, save_pretrained"]
+    for line in lines:
+        code += ["try:", f"    {line}", "except ArtifactError as error:", "    print(error)"]
+
+    def without_privilege():
+        import ctypes
+
+        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", "\n".join(code)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=without_privilege,
     )
-    assert ran.stdout == f"cannot write '{tmp_path / 'new' / 'dense'}': File too large; nothing was changed\n"
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_no_room(single, tmp_path):
+    before = contents(tmp_path)
+    out = tmp_path / "new" / "dense"
+    lines = refusals(
+        *(
+            line
+            for limit in (40_000, 2000)
+            for line in (
+                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
+                f"decompress({str(single)!r}, {str(out)!r})",
+                f"save_pretrained(torch.nn.Linear(200, 200), {str(out)!r})",
+                f"save_pretrained(torch.nn.Linear(200, 200), {str(single)!r})",
+            )
+        )
+    )
     assert contents(tmp_path) == before
+    assert [line.split(": ")[0] for line in lines] == 2 * [f"cannot write '{path}'" for path in (out, out, single)]
+    assert all("File too large" in line and line.endswith("; nothing was changed") for line in lines)
+
+
+def test_folders_that_cannot_be_written(single, tmp_path):
+    before = contents(tmp_path)
+    tmp_path.chmod(0o555)
+    out = tmp_path / "new" / "dense"
+    try:
+        lines = refusals(
+            f"decompress({str(single)!r}, {str(out)!r})",
+            f"save_pretrained(torch.nn.Linear(2, 2), {str(out)!r})",
+            f"save_pretrained(torch.nn.Linear(2, 2), {str(single)!r})",
+        )
+    finally:
+        tmp_path.chmod(0o755)
+    assert contents(tmp_path) == before
+    assert lines == [f"cannot write '{path}': Permission denied; nothing was changed" for path in (out, out, single)]
 
 
 def test_a_place_where_nothing_can_be_written(single, codecs):
@@ -556,3 +769,131 @@ def test_a_damaged_artifact_leaves_no_dense_folder(single, tmp_path, codecs):
     with pytest.raises(ArtifactError, match="does not match its checksum"):
         decompress(single, tmp_path / "dense", codecs=codecs)
     assert contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------- other processes
+
+
+def rewrite(folder, which):
+    """Save a model of two files that all say which one it is."""
+    shards = {
+        "model-00001-of-00002.safetensors": {"a.weight": which * torch.eye(200), "a.bias": torch.tensor([which])},
+        "model-00002-of-00002.safetensors": {"b.weight": which * torch.eye(100), "b.bias": torch.tensor([which])},
+    }
+    codecs = installed_codecs()
+    with new_folder(folder) as temporary:
+        tensors = {file: encoded(some, codecs) for file, some in shards.items()}
+        save(temporary, tensors, config=CONFIG | {"which": which})
+
+
+def look(folder):
+    """Which model lies there, whole, with the file that a user put beside it."""
+    opened, codecs = Folder.open(folder), installed_codecs()
+    tensors = [Stored(shard, entry, codecs).tensor() for shard, entry in opened.entries()]
+    assert [int(tensor.max()) for tensor in tensors] == [opened.config["which"]] * 4
+    again = load_state_dict(folder)  # perhaps the next model
+    assert len(again) == 4
+    assert len({int(tensor.max()) for tensor in again.values()}) == 1
+    assert len(verify(folder).tensors) == 4
+    assert (folder / "mine.txt").read_text() == "mine"
+    return opened.config["which"]
+
+
+def forked(action):
+    """Another process that does something and ends."""
+    process = os.fork()
+    if process == 0:
+        try:
+            action()
+        except Exception:  # noqa: BLE001 - a failed assertion, for example
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return process
+
+
+def begin(root):
+    folder = root / "model"
+    rewrite(folder, 1)
+    (folder / "mine.txt").write_text("mine")
+    return folder
+
+
+def kill_at_random_points(root):
+    folder, counts = begin(root), Counter()
+    started = time.monotonic()
+    os.waitpid(forked(lambda: rewrite(folder, 2)), 0)
+    duration = time.monotonic() - started
+    for point in range(20):
+        before = look(folder)
+        process = forked(lambda wanted=3 - before: rewrite(folder, wanted))
+        time.sleep(random.Random(point).uniform(0, duration))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        counts["old" if look(folder) == before else "new"] += 1
+    return folder, counts
+
+
+def kill_at_every_line(root):
+    """Of the module that moves folders."""
+    folder, counts = begin(root), Counter()
+    point, status = 0, signal.SIGKILL
+    while os.WIFSIGNALED(status):
+        point, before, seen = point + 1, look(folder), set()
+
+        def trace(frame, event, _, seen=seen, point=point):
+            if frame.f_code.co_filename != atomic.__file__:
+                return None
+            if event == "line":
+                seen.add(frame.f_lineno)
+                if len(seen) == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        def traced(wanted=3 - before, trace=trace):
+            sys.settrace(trace)
+            rewrite(folder, wanted)
+
+        _, status = os.waitpid(forked(traced), 0)
+        counts["old" if look(folder) == before else "new"] += 1
+    return folder, counts
+
+
+def read_meanwhile(root):
+    folder, counts = begin(root), Counter()
+
+    def read(number):
+        seen = Counter()
+        while not (root / "stop").exists():
+            seen[str(look(folder))] += 1
+        (root / f"seen{number}").write_text(json.dumps(seen))
+
+    readers = [forked(lambda number=number: read(number)) for number in range(2)]
+    for number in range(100):
+        rewrite(folder, 1 + number % 2)
+    (root / "stop").touch()
+    for number, process in enumerate(readers):
+        assert os.waitpid(process, 0)[1] == 0
+        counts.update(json.loads((root / f"seen{number}").read_text()))
+    for path in root.glob("s*"):
+        path.unlink()
+    return folder, counts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders change places at once on Linux only")
+@pytest.mark.parametrize("what", ["kill_at_random_points", "kill_at_every_line", "read_meanwhile"])
+def test_what_others_see_is_the_old_folder_or_the_new_one(what, tmp_path):
+    command = [sys.executable, __file__, what, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    counts = json.loads(ran.stdout)
+    assert min(counts.values()) > (10 if what == "read_meanwhile" else 0)
+    assert len(counts) == 2 or what == "kill_at_random_points"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+if __name__ == "__main__":
+    model, seen = globals()[sys.argv[1]](Path(sys.argv[2]))
+    rewrite(model, 3)  # removes what killed runs left
+    assert look(model) == 3
+    print(json.dumps(seen))

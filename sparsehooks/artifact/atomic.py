@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import secrets
@@ -16,13 +17,17 @@ from sparsehooks.errors import ArtifactError
 
 WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?|(generation_)?config\.json")
 """Files of an earlier model, which a new one takes the place of, whether it has the same ones or not."""
+_HERE = -100
+_EXCHANGE = 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
 @contextmanager
 def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` when the block ends, or vanishes when it raises.
 
-    A folder that it replaces gives way as a whole; files in it that are no weights and have no successor move over.
+    A folder that it replaces gives way as a whole; files in it that are no weights and have no successor stay. On
+    Linux both change places at once: whoever looks finds the old folder or the new one, complete.
 
     Args:
         out: the folder to make; missing parents are made too.
@@ -37,21 +42,25 @@ def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], boo
     # not beside a parent that would be left behind after a failure
     home = next(parent for parent in final.parents if parent.exists())
     temporary = home / f".{final.name}.{secrets.token_hex(4)}.tmp"
+    _remove_stale(home, final.name)
+    lock = None
     try:
         temporary.mkdir()
+        lock = _lock(temporary)
         yield temporary
-        _settle(temporary)
         _check_free(final, may_replace)  # again: the block may have taken long
-        final.parent.mkdir(parents=True, exist_ok=True)
         _move(temporary, final)
     except (OSError, SafetensorError) as error:
         culprit = error.filename if isinstance(error, OSError) else None
-        if culprit is not None and not str(culprit).startswith((str(temporary), str(final))):
+        ours = str(culprit).startswith((str(temporary), str(final))) or Path(str(culprit)) in final.parents
+        if culprit is not None and not ours:
             raise  # something that the block did, and not the writing
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ArtifactError(f"cannot write '{out}': {reason}; nothing was changed") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # now perhaps the folder that was replaced
+        if lock is not None:
+            os.close(lock)
 
 
 def _check_free(final: Path, may_replace: Callable[[Path], bool]) -> None:
@@ -61,34 +70,92 @@ def _check_free(final: Path, may_replace: Callable[[Path], bool]) -> None:
         raise ArtifactError(f"'{final}' already holds other files; choose a new folder")
 
 
-def _settle(folder: Path) -> None:
-    """Ordinary permissions (safetensors writes 0600), and everything on the disk."""
-    mode = folder.stat().st_mode & 0o666
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file():
-            path.chmod(mode)
-        _sync(path)
+def _remove_stale(home: Path, name: str) -> None:
+    """Remove the temporary folders of runs that were killed: nobody has those locked any more."""
+    for path in home.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"):
+        lock = _lock(path)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends; None if it is locked or cannot be."""
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _move(temporary: Path, final: Path) -> None:
-    old = temporary.with_suffix(".old")
-    if final.exists():
-        final.rename(old)
-    try:
+    """Let a finished folder take its place; one that lies there goes to the temporary place."""
+    replaced = final.exists()
+    mode = temporary.stat().st_mode & 0o666
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes 0600
+            _sync(path)
+    if replaced:
+        _keep_others(final, temporary, _link)
+    for folder, _, _ in os.walk(temporary):
+        _sync(folder)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if not replaced:
         temporary.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    if old.exists():
-        for path in old.iterdir():  # what else lay there is not ours to delete
-            if not WEIGHTS.fullmatch(path.name) and not (final / path.name).exists():
-                path.rename(final / path.name)
-        shutil.rmtree(old)
+    else:
+        if not _exchange(temporary, final):
+            _exchange_in_steps(temporary, final)
+        _keep_others(temporary, final, os.rename)  # what appeared meanwhile
     _sync(final.parent)
 
 
-def _sync(path: Path) -> None:
+def _keep_others(old: Path, new: Path, place: Callable[[Path, Path], object]) -> None:
+    """What else lies in the old folder is not ours to delete."""
+    for path in old.iterdir():
+        if not WEIGHTS.fullmatch(path.name) and not os.path.lexists(new / path.name):
+            place(path, new / path.name)
+
+
+def _link(source: Path | str, target: Path | str) -> None:
+    """Make a file or folder appear in a second place; its files are the same ones where the file system has links."""
+    if Path(source).is_dir() and not Path(source).is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_link)
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places at once; False where the system or the file system cannot, or does not want to."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0
+
+
+def _exchange_in_steps(temporary: Path, final: Path) -> None:
+    """The same with a moment at which neither is in its place."""
+    old = temporary.with_suffix(".old")
+    final.rename(old)
+    try:
+        temporary.rename(final)
+    except BaseException:
+        old.rename(final)
+        raise
+    old.rename(temporary)
+
+
+def _sync(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

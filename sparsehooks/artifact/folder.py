@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from sparsehooks.artifact.atomic import atomic_folder
-from sparsehooks.artifact.container import decode, encode, is_blob, read_header
-from sparsehooks.artifact.inspection import Inspection, TensorRow
-from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, check_tensor, stored_blob
-from sparsehooks.artifact.shards import Entry, Shard, checksums, write_shard
-from sparsehooks.components import Codec
-from sparsehooks.errors import ArtifactError, PluginError
+from sparsehooks.artifact.container import Rows, encode, is_blob
+from sparsehooks.artifact.inspection import Inspection, TensorRow, row_of
+from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, check_tensor
+from sparsehooks.artifact.shards import Shard, ShardWriter, checksums
+from sparsehooks.artifact.stored import Stored
+from sparsehooks.components import LEVELS, Codec, Level
+from sparsehooks.errors import ArtifactError, PluginError, suggest
 
 if TYPE_CHECKING:
     from sparsehooks.catalog import Catalog
@@ -29,6 +30,7 @@ __all__ = [
     "Folder",
     "Inspection",
     "TensorRow",
+    "check_level",
     "checksums",
     "decompress",
     "encode_state_dict",
@@ -42,9 +44,6 @@ __all__ = [
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
-_MAX_EXPANSION = 256
-"""A larger factor between a tensor and its blob is refused beyond the 2 GiB that ``decode`` allows anyway."""
-
 
 def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> AbstractContextManager[Path]:
     """Write a model folder that appears complete or not at all.
@@ -55,8 +54,8 @@ def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> Abstract
 
     Args:
         out: the folder to make; missing parents are made too.
-        replace: whether an artifact that is there already may be replaced. A folder with any other content, or an
-            artifact with folders inside (checkpoints), is always refused.
+        replace: whether an artifact that is there already may be replaced, but for those of its files that are no
+            weights and have no successor. A folder that is no artifact is always refused.
 
     Raises:
         ArtifactError: on entering or leaving the block, if ``out`` is refused or cannot be written.
@@ -64,11 +63,23 @@ def new_folder(out: str | os.PathLike[str], *, replace: bool = True) -> Abstract
     return atomic_folder(out, lambda found: replace and _is_artifact(found))
 
 
+def check_level(level: str) -> None:
+    """Whether a level exists.
+
+    Raises:
+        ArtifactError: if it does not.
+    """
+    if level not in LEVELS:
+        raise ArtifactError(f"there is no level {str(level)[:40]!r}{suggest(str(level), LEVELS)}")
+
+
 def load_codecs(catalog: Catalog) -> dict[str, Codec]:
     """Every codec of a catalog, by name; one that is broken or clashes is left out with a warning."""
     codecs = {}
     for name in dict.fromkeys(record.component.name for record in catalog.records("codec")):
         try:
+            if not name.isascii() or not name.isprintable():  # it is written into files
+                raise PluginError("its name is not printable ASCII")
             codecs[name] = cast("Codec", catalog.create("codec", name))
         except PluginError as error:
             warnings.warn(f"the codec '{name}' is not used: {error}", stacklevel=2)
@@ -83,8 +94,15 @@ def installed_codecs() -> Mapping[str, Codec]:
     return load_codecs(installed_catalog())
 
 
-def encode_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def encode_state_dict(
+    state: Mapping[str, Tensor], *, level: Level = "balanced", signed_zeros: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor in its smallest form, under its own name, and the metadata of the file.
+
+    Args:
+        state: tensors of any device by name.
+        level: codecs of a higher level are not used.
+        signed_zeros: keep -0.0 apart from +0.0.
 
     Returns:
         tensors (a blob where that is smaller, else the tensor itself), and strings for ``__metadata__``.
@@ -92,7 +110,9 @@ def encode_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     codecs = installed_codecs()
     encoded: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        blob = encode(tensor, codecs)
+        blob = encode(tensor, codecs, level=level, signed_zeros=signed_zeros)
+        if blob is None and is_blob(tensor):
+            raise ArtifactError(f"tensor '{name}' starts like an encoded one; it cannot be told from one in a file")
         # safetensors refuses tensors that share memory, such as tied ones of a plain module
         encoded[name] = tensor.detach().clone().contiguous() if blob is None else blob
     return encoded, {"sparsehooks.format": "1", **checksums(encoded)}
@@ -143,7 +163,7 @@ def decompress(
     codecs: Mapping[str, Codec] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the ordinary dense model that an artifact stands for, bit for bit; one tensor in memory at a time.
+    """Write the ordinary dense model that an artifact stands for, bit for bit; a few megabytes in memory at a time.
 
     Args:
         folder: the artifact.
@@ -168,6 +188,7 @@ def decompress(
             target = temporary / path.relative_to(source.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+        source.check_in_place()
         if source.index:
             metadata = source.index.get("metadata")
             known = metadata if isinstance(metadata, dict) else {}
@@ -178,48 +199,20 @@ def decompress(
     return Path(out)
 
 
-def _decoded(stored: Tensor, name: str, codecs: Mapping[str, Codec]) -> Tensor:
-    return decode(stored, codecs, name=name, max_bytes=max(2**31, _MAX_EXPANSION * stored.numel()))
-
-
 def _scan(
     folder: Folder, codecs: Mapping[str, Codec] | None, progress: Progress | None, *, verified: bool
 ) -> Inspection:
     codecs = installed_codecs() if codecs is None else codecs
     report = _Reporter(folder.bytes, progress)
-    names = {entry.name for _, entry in folder.entries()}
     rows = []
     for shard in folder.shards:
         expected = shard.checksums() if verified else {}
-        absent = expected.keys() - names
-        if absent:
-            raise ArtifactError(f"'{shard.path}' has a checksum of tensor '{min(absent)}', which no file holds")
         for entry in shard.entries:
-            stored = shard.read(entry)
             if verified:
-                check_tensor(shard, entry, stored, expected)
-            rows.append(_row(shard, entry, stored, codecs))
+                check_tensor(shard, entry, expected)
+            rows.append(row_of(Stored(shard, entry, codecs)))
             report(entry.length)
     return Inspection(tuple(rows))
-
-
-def _row(shard: Shard, entry: Entry, stored: Tensor, codecs: Mapping[str, Codec]) -> TensorRow:
-    dtype, positions, values, dense = entry.dtype, None, None, stored
-    if is_blob(stored):
-        dense = _decoded(stored, entry.name, codecs)
-        header = read_header(stored, name=entry.name)
-        dtype, positions, values = header.dtype, header.positions, header.values
-    return TensorRow(
-        name=entry.name,
-        file=shard.path.name,
-        shape=tuple(dense.shape),
-        dtype=dtype,
-        zeros=int((dense == 0).sum()),
-        positions=positions,
-        values=values,
-        bytes=entry.length,
-        dense_bytes=dense.nbytes,
-    )
 
 
 class _Reporter:
@@ -236,30 +229,20 @@ class _Reporter:
 
 def _write_dense(shard: Shard, target: Path, codecs: Mapping[str, Codec], report: _Reporter) -> int:
     """Write one file with every tensor decoded; returns the bytes of its tensors."""
-    entries = {entry.name: entry for entry in shard.entries}
-    contents = {entry.name: _dense_form(shard, entry) for entry in shard.entries}
-    written = 0
+    stored = {entry.name: Stored(shard, entry, codecs) for entry in shard.entries}
+    for tensor in stored.values():
+        tensor.check_size()
 
-    def load(name: str) -> Tensor:
-        nonlocal written
-        stored = shard.read(entries[name])
-        dense = _decoded(stored, name, codecs) if is_blob(stored) else stored
-        report(entries[name].length)
-        written += dense.nbytes
-        return dense
+    def load(name: str) -> Tensor | Rows:
+        report(stored[name].entry.length)
+        return stored[name] if stored[name].shape else stored[name].tensor()
 
+    contents = {name: (tensor.dtype_name, tensor.shape) for name, tensor in stored.items()}
     metadata = {key: value for key, value in shard.metadata.items() if not key.startswith("sparsehooks.")}
-    write_shard(target / shard.path.name, contents, load, metadata)
-    return written
-
-
-def _dense_form(shard: Shard, entry: Entry) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of a tensor once decoded."""
-    blob = stored_blob(shard, entry)
-    if blob is None:
-        return entry.dtype, entry.shape
-    header = read_header(blob, name=entry.name)
-    return header.dtype, header.shape
+    writer = ShardWriter(target / shard.path.name, contents, metadata)
+    writer.write(load)
+    writer.finish(metadata)
+    return writer.bytes
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsehooks.artifact.reading import METHOD
-from sparsehooks.components import Backend
+from sparsehooks.components import Backend, Level
 from sparsehooks.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # a file may hold any key, "self" too
         quant_method: str = METHOD,
         version: str = VERSION,
         recipe: Mapping[str, Any] | None = None,
@@ -52,8 +53,15 @@ class SparseHooksConfig(QuantizationConfigMixin):
             )
         self.quant_method = cast(Any, METHOD)  # transformers compares it with the names it registered
         self.version = VERSION
-        if unknown or not all(isinstance(value, Mapping) for value in (recipe or {}, plugins or {})):
-            what = f"unknown key '{min(unknown)}'" if unknown else "'recipe' and 'plugins' must be tables"
+        tables = (recipe or {}, plugins or {}, *(plugins.values() if isinstance(plugins, Mapping) else ()))
+        what = ""
+        if unknown:
+            what = f"unknown key '{min(unknown)}'"
+        elif not all(isinstance(table, Mapping) for table in tables):
+            what = "'recipe', 'plugins' and what each plugin added must be tables"
+        elif not isinstance(pruned, (list, tuple)):
+            what = "'pruned' must be a list of names"
+        if what:
             raise ArtifactError(f"config.json: quantization_config is damaged: {what}; get the file again")
         self.recipe = dict(recipe or {})
         self.plugins = {name: dict(added) for name, added in (plugins or {}).items()}
@@ -61,14 +69,28 @@ class SparseHooksConfig(QuantizationConfigMixin):
 
 
 class SparseHooksQuantizer(HfQuantizer):
-    """Decodes each blob on the way into its parameter; the model in memory is an ordinary dense one."""
+    """Decodes each blob on the way into its parameter; the model in memory is an ordinary dense one.
+
+    Attributes:
+        level: how much work saving may put into a smaller file.
+        signed_zeros: whether saving keeps -0.0.
+        conversions: how the weights in memory were made of those in the file; None if transformers shall look it up.
+    """
 
     requires_calibration = False
+    level: Level = "balanced"
+    signed_zeros = False
+    conversions: list[Any] | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Compare every checksum first: transformers would bury what a damaged file says in a report."""
+        """Compare the checksums of plain tensors; those of blobs are compared where they are decoded."""
         from sparsehooks.artifact.reading import check_files
 
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ArtifactError(
+                f"{model.config.name_or_path!r}: encoded tensors cannot be split between devices while they load; "
+                "run 'sparsehooks decompress' and load the dense folder"
+            )
         check_files(kwargs.get("checkpoint_files") or ())
         return model
 
@@ -76,22 +98,32 @@ class SparseHooksQuantizer(HfQuantizer):
         """Decode whatever no converter of the model takes."""
         from transformers.core_model_loading import WeightConverter
 
-        return [WeightConverter(["(.+)"], [r"\1"], [_decoder(self, last=True)])]
+        from sparsehooks.artifact.loading import Decode
+
+        return [WeightConverter(["(.+)"], [r"\1"], [Decode()], force_cpu=True)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Decode before every converter of the model, so that merged experts load too."""
-        from transformers.core_model_loading import WeightConverter
+        from sparsehooks.artifact.loading import Decode
 
-        return [
-            conversion.copy(
-                conversion._original_source_patterns,
-                conversion._original_target_patterns,
-                operations=[_decoder(self, last=False), *conversion.operations],
-            )
-            if isinstance(conversion, WeightConverter)
-            else conversion
-            for conversion in weight_conversions
-        ] + self.get_weight_conversions()
+        for conversion in weight_conversions:
+            if hasattr(conversion, "operations"):
+                conversion.operations = [Decode(conversion.operations)]
+                conversion.force_cpu = True  # blobs are decoded there; only what comes out moves to its device
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Leave the cast to the operation: until it is decoded, a blob must stay the bytes that it is."""
+        from sparsehooks.artifact.loading import Decode
+
+        if hasattr(converter, "operations"):
+            operation = converter.operations[0]
+        else:  # of a name that the model's renamings would have spoilt
+            operation = converter.quantization_operation = Decode()
+        if not isinstance(operation, Decode):
+            return super().get_new_dtype(converter, param, dtype)  # of an adapter
+        operation.dtype = dtype
+        return None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # What was loaded is an ordinary model: half(), Trainer and a second save must treat it as one.
@@ -101,14 +133,37 @@ class SparseHooksQuantizer(HfQuantizer):
                 del module.config._is_quantized
         kept = []
         for conversion in getattr(model, "_weight_conversions", None) or []:
-            operations = getattr(conversion, "operations", None)
-            if operations is not None:
-                conversion.operations = [op for op in operations if not getattr(op, "decodes_blobs", False)]
-            if operations is None or conversion.operations:
+            if hasattr(conversion, "operations"):
+                conversion.operations = conversion.operations[0].following
+            if getattr(conversion, "operations", True):
                 kept.append(conversion)
         model._weight_conversions = kept
+        self.take_conversions(model)
+        _retie_offloaded(model)
         _convert(model)
         return model
+
+    def take_conversions(self, model: Any) -> None:
+        """Keep transformers from reverting its conversions of the weights, which ``get_state_dict_and_metadata`` does.
+
+        It would do so later, when the tensors are blobs already.
+        """
+        self.conversions = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []
+
+    def _return_conversions(self, model: Any) -> None:
+        if self.conversions is None:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = self.conversions
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make it a model like any other, which is saved dense."""
+        self._return_conversions(model)
+        del model.hf_quantizer
+        del model.config.quantization_config
+        model.__dict__.pop("quantization_method", None)
+        model.is_quantized = False
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return model
@@ -132,20 +187,30 @@ class SparseHooksQuantizer(HfQuantizer):
         """Yes."""
         return True
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The encoded state dict of the model, and what the file says about itself."""
         from transformers.core_model_loading import revert_weight_conversion
+        from transformers.integrations.accelerate import load_offloaded_parameter
         from transformers.modeling_utils import remove_tied_weights_from_state_dict, unwrap_model
 
         from sparsehooks.artifact.folder import encode_state_dict
 
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # of a model with adapters only these are saved, which nobody would decode
         unwrapped = unwrap_model(model)
         state = remove_tied_weights_from_state_dict(unwrapped.state_dict(), unwrapped)
-        # transformers reverts its own conversions after this call, when the tensors are blobs already
-        return encode_state_dict(revert_weight_conversion(unwrapped, state))
+        for name, tensor in state.items():
+            if tensor.is_meta:
+                state[name] = load_offloaded_parameter(unwrapped, name)
+        self._return_conversions(unwrapped)
+        try:
+            state = revert_weight_conversion(unwrapped, state)
+        finally:
+            self.take_conversions(unwrapped)
+        return encode_state_dict(state, level=self.level, signed_zeros=self.signed_zeros)
 
 
-def arm(model: Any, config: SparseHooksConfig) -> None:
+def arm(model: Any, config: SparseHooksConfig, *, level: Level = "balanced", signed_zeros: bool = False) -> None:
     """From now on ``save_pretrained``, ``trainer.save_model`` and ``push_to_hub`` write the sparse form.
 
     A module that is no transformers model stays as it is.
@@ -154,7 +219,10 @@ def arm(model: Any, config: SparseHooksConfig) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
-    model.hf_quantizer = SparseHooksQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    quantizer = SparseHooksQuantizer(config, pre_quantized=True)
+    quantizer.level, quantizer.signed_zeros = level, signed_zeros
+    quantizer.take_conversions(model)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = config
 
 
@@ -163,8 +231,17 @@ def disarm(model: Any) -> SparseHooksConfig | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, SparseHooksQuantizer):
         return None
-    quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+    quantizer.remove_quantization_config(model)
     return cast(SparseHooksConfig, quantizer.quantization_config)
+
+
+def _retie_offloaded(model: Any) -> None:
+    """Have weights that are tied to one on the disk read from where that was written decoded, not from the artifact."""
+    for tied, source in model.all_tied_weights_keys.items():
+        hook = getattr(model.get_submodule(tied.rpartition(".")[0]), "_hf_hook", None)
+        offloaded = getattr(hook, "weights_map", None)
+        if offloaded is not None and source in offloaded.dataset.index:
+            offloaded.dataset.index[tied] = offloaded.dataset.index[source]
 
 
 def _convert(model: nn.Module) -> None:
@@ -181,54 +258,6 @@ def _convert(model: nn.Module) -> None:
             converted = backend.convert(module)
             if converted is not module:
                 model.set_submodule(name, converted)
-
-
-def _decoder(quantizer: SparseHooksQuantizer, *, last: bool) -> Any:
-    """The loading operation; made here because transformers' base class cannot be imported any earlier."""
-    from transformers.core_model_loading import ConversionOps, _IdentityOp
-
-    from sparsehooks.artifact.container import decode, is_blob
-    from sparsehooks.artifact.folder import installed_codecs
-
-    codecs = installed_codecs()
-
-    class Decode(ConversionOps):
-        decodes_blobs = True
-
-        def __init__(self) -> None:
-            self.hf_quantizer = quantizer
-
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            *,
-            full_layer_name: str = "",
-            model: Any = None,
-            **_: Any,
-        ) -> dict[str, Any]:
-            parameter = model.get_parameter_or_buffer(full_layer_name)
-            decoded = {}
-            for key, tensors in input_dict.items():
-                many = tensors if isinstance(tensors, list) else [tensors]
-                decoded[key] = [self._decode(tensor, full_layer_name, parameter) for tensor in many]
-            if not last:
-                return decoded
-            ((tensor,),) = decoded.values()
-            return {full_layer_name: tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor}
-
-        def _decode(self, tensor: Tensor, name: str, parameter: torch.nn.Parameter) -> Tensor:
-            if not is_blob(tensor):
-                return tensor
-            shape = tuple(parameter.shape) if last else None
-            return decode(tensor.cpu(), codecs, name=name, shape=shape).to(tensor.device)
-
-        @property
-        def reverse_op(self) -> Any:
-            return _IdentityOp()
-
-    return Decode()
 
 
 if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

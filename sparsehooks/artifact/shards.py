@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import weakref
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsehooks.artifact.container import Rows
 from sparsehooks.errors import ArtifactError
 
 CHECKSUMS = "sparsehooks.crc32"
@@ -25,7 +28,8 @@ CHECKSUMS = "sparsehooks.crc32"
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 200_000
 _MAX_DIMS = 8
-_DTYPES = {
+_MAX_NAME = 500
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,6 +50,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST = 1 << 44
+"""More bytes than any file has."""
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Shard:
     path: Path
     metadata: Mapping[str, str]
     entries: tuple[Entry, ...]
+    _file: _OpenFile = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> Shard:
@@ -89,41 +98,57 @@ class Shard:
             ArtifactError: if the file cannot be read, or is damaged or hostile.
         """
         try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                length = int.from_bytes(file.read(8), "little")
-                if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                    raise ArtifactError(f"'{path}' is truncated or not a safetensors file")
-                text = file.read(length)
+            file = _OpenFile(path)
+            size = file.size()
+            length = int.from_bytes(file.read(8, 0), "little")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise ArtifactError(f"'{path}' is truncated or not a safetensors file")
+            text = bytes(file.read(length, 8))
         except OSError as error:
             raise ArtifactError(f"cannot read '{path}': {error.strerror}") from error
         header = parse_json(text, path)
         if not text.startswith(b"{") or not isinstance(header, dict):
             raise ArtifactError(f"'{path}' is not a safetensors file")
         metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
             raise ArtifactError(f"'{path}' has metadata that are not strings")
-        return cls(path, metadata, _entries(header, path, 8 + length, size))
+        return cls(path, metadata, _entries(header, path, 8 + length, size), file)
 
-    def read(self, entry: Entry) -> Tensor:
-        """The tensor as stored, read into memory of its own.
+    def read_bytes(self, entry: Entry, offset: int, length: int) -> memoryview:
+        """Some bytes of a tensor as stored, in memory of their own.
 
         Raises:
             ArtifactError: if the file cannot be read or has shrunk.
         """
-        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-        data = _bytes(tensor)
+        length = max(0, min(length, entry.length - offset))
         try:
-            with self.path.open("rb") as file:
-                file.seek(entry.offset)
-                found = file.readinto(data)
+            data = self._file.read(length, entry.offset + offset)
         except OSError as error:
             raise ArtifactError(f"cannot read '{self.path}': {error.strerror}") from error
-        if found != entry.length:
-            raise ArtifactError(f"'{self.path}' became shorter while it was read")
-        if tensor.dtype == torch.bool and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+        if len(data) != length:
+            raise ArtifactError(f"'{self.path}' became shorter while tensor '{entry.name}' was read; get it again")
+        return data
+
+    def read(self, entry: Entry, offset: int, length: int) -> Tensor:
+        """Some elements of a tensor as stored, in memory of their own.
+
+        Args:
+            entry: the tensor.
+            offset: the first byte, counted from the tensor's own.
+            length: how many bytes.
+
+        Returns:
+            one dimension, in the dtype as stored.
+
+        Raises:
+            ArtifactError: if the file cannot be read or has shrunk.
+        """
+        data = self.read_bytes(entry, offset, length)
+        if not len(data):
+            return torch.empty(0, dtype=DTYPES[entry.dtype])
+        if entry.dtype == "BOOL" and np.frombuffer(data, np.uint8).max() > 1:
             raise ArtifactError(f"'{self.path}': tensor '{entry.name}' has bytes that are neither true nor false")
-        return tensor
+        return torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[entry.dtype])
 
     def checksums(self) -> dict[str, int]:
         """The CRC-32 of tensors by name, as the writer left it.
@@ -133,10 +158,29 @@ class Shard:
         """
         if CHECKSUMS not in self.metadata:
             raise ArtifactError(f"'{self.path}' has no checksums to verify; save the model again with sparsehooks")
-        found = parse_json(self.metadata[CHECKSUMS].encode(), self.path)
+        found = parse_json(self.metadata[CHECKSUMS], self.path)
         if not isinstance(found, dict) or not all(type(value) is int for value in found.values()):
             raise ArtifactError(f"'{self.path}' has checksums that are not numbers")
         return found
+
+
+class _OpenFile:
+    """A file that is open as long as this object lives: what takes its name meanwhile is not read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def read(self, length: int, offset: int) -> memoryview:
+        """Bytes in memory of their own, fewer where the file ends; threads and forked processes may read at once."""
+        data = memoryview(bytearray(length))
+        done = 0
+        while done < length and (found := os.preadv(self._file.fileno(), [data[done:]], offset + done)):
+            done += found
+        return data[:done]
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -156,42 +200,79 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(_bytes(tensor))
 
 
-def write_shard(
-    path: Path,
-    contents: Mapping[str, tuple[str, tuple[int, ...]]],
-    load: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file with one tensor in memory at a time.
+class ShardWriter:
+    """A safetensors file that is written one tensor at a time, and its header last.
+
+    Which tensors become blobs, and of what size, is known only once they are written. So the file begins with room
+    for the longest header that it can get; what the header leaves free is spaces.
 
     Args:
         path: the file to make.
-        contents: dtype (as safetensors names it) and shape of each tensor.
-        load: gives a tensor by its name; called once for each, in the order of the file.
-        metadata: the file's ``__metadata__``.
+        contents: dtype (as safetensors names it) and shape of each tensor before it is encoded.
+        metadata: what ``finish`` will be given, or longer strings.
+
+    Attributes:
+        path: the file.
+        checksums: the CRC-32 of each tensor as it was written, by name.
+        bytes: what these tensors take in the file.
 
     Raises:
-        OSError: if the file cannot be written.
+        ArtifactError: if no reader would accept so long a header.
     """
-    # wide dtypes first, as safetensors does: then every tensor is aligned
-    names = sorted(contents, key=lambda name: -_DTYPES[contents[name][0]].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name in names:
-        dtype, shape = contents[name]
-        end = offset + math.prod(shape) * _DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(_bytes(load(name)))
+
+    def __init__(
+        self, path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        self.path = path
+        self.checksums: dict[str, int] = {}
+        self.bytes = 0
+        # wide dtypes first, as safetensors does: then every tensor is aligned; and before vectors, blobs to 8 bytes too
+        self._names = sorted(
+            contents, key=lambda name: (-DTYPES[contents[name][0]].itemsize, len(contents[name][1]) < 2)
+        )
+        self._header: dict[str, Any] = {}
+        longest = {
+            name: _fields(max(DTYPES, key=len), _longer(shape), _MOST, _MOST) for name, (_, shape) in contents.items()
+        }
+        self._room = len(_header_text(metadata, longest))
+        if self._room > MAX_HEADER:
+            raise ArtifactError(f"'{path}' would need a header of {self._room} bytes; {MAX_HEADER} is the limit")
+
+    def write(self, load: Callable[[str], Tensor | Rows]) -> None:
+        """Write all tensors.
+
+        Args:
+            load: gives a tensor, or its blob, by its name; called once for each, in the order of the file. What
+                gives pieces by rows is read piece by piece.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        with self.path.open("xb") as file:
+            file.seek(8 + self._room)
+            for name in self._names:
+                tensor, crc, start = load(name), 0, self.bytes
+                for piece in _pieces(tensor):
+                    file.write(piece)
+                    crc = zlib.crc32(piece, crc)
+                    self.bytes += len(piece)
+                self.checksums[name] = crc
+                self._header[name] = _fields(_NAMES[tensor.dtype], tuple(tensor.shape), start, self.bytes)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header; now the file is complete.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        text = _header_text(metadata, self._header)
+        assert len(text) <= self._room
+        with self.path.open("r+b") as file:
+            file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
 
 
-def parse_json(text: bytes, path: Path) -> Any:
-    """JSON without duplicate keys.
+def parse_json(text: bytes | str, path: Path) -> Any:
+    """JSON in UTF-8 without duplicate keys.
 
     Raises:
         ArtifactError: if it is not, naming the file.
@@ -204,9 +285,47 @@ def parse_json(text: bytes, path: Path) -> Any:
         return fields
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError):
         raise ArtifactError(f"'{path}' is damaged: its JSON cannot be read") from None
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor may have this name: names are printed, and other tools may make paths of them."""
+    return name.isprintable() and len(name) <= _MAX_NAME and name not in {"", "__metadata__"} and ".." not in name
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that can be written again: JSON may name halves of characters."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def _fields(dtype: str, shape: tuple[int, ...], first: int, last: int) -> dict[str, Any]:
+    """What a header says about a tensor."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
+
+
+def _header_text(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> bytes:
+    header = {"__metadata__": dict(metadata), **tensors} if metadata else tensors
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _longer(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor or the longest that its blob can have, whichever takes more room."""
+    return max(shape, (_MOST,), key=lambda sizes: len(str(list(sizes))))
+
+
+def _pieces(tensor: Tensor | Rows) -> Iterator[memoryview]:
+    """The bytes in row-major order, some megabytes at a time where the tensor has rows."""
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, Tensor) and not shape:
+        yield _bytes(tensor)
+        return
+    size = math.prod(shape) * tensor.dtype.itemsize
+    rows = max(1, _PIECE * shape[0] // max(1, size))
+    for first in range(0, shape[0] if size else 0, rows):
+        yield _bytes(tensor[first : first + rows])
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -233,18 +352,21 @@ def _entries(header: Mapping[str, Any], path: Path, start: int, size: int) -> tu
 
 
 def _entry(name: str, fields: Any, path: Path, start: int) -> Entry:
-    # names are printed, and other tools may make paths of them
-    if not name.isprintable() or not name or ".." in name:
+    if not is_tensor_name(name):
         raise ArtifactError(f"'{path}': {name[:80]!r} cannot be the name of a tensor")
     match fields:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [first, last]} if len(fields) == 3:
             pass
         case _:
             raise ArtifactError(f"'{path}': the header of tensor '{name}' is malformed")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ArtifactError(f"'{path}': tensor '{name}' has dtype {dtype[:20]!r}, which sparsehooks does not read")
-    if len(shape) > _MAX_DIMS or not all(type(size) is int and 0 <= size < 1 << 44 for size in (*shape, first, last)):
+    if (
+        len(shape) > _MAX_DIMS
+        or not all(type(size) is int and 0 <= size < _MOST for size in (*shape, first, last))
+        or math.prod(size for size in shape if size) > _MOST  # torch multiplies the sizes of empty tensors too
+    ):
         raise ArtifactError(f"'{path}': tensor '{name}' has an impossible shape or offset")
-    if last - first != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ArtifactError(f"'{path}': tensor '{name}' has another size than its shape says")
     return Entry(name, dtype, tuple(shape), start + first, last - first)

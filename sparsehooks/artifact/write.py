@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsehooks.artifact.folder import encode_state_dict, new_folder
+from sparsehooks.artifact.folder import check_level, encode_state_dict, new_folder
+from sparsehooks.components import Level
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Path:
-    """Save a model in the sparse form: every tensor takes the codec that is smallest for it.
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    level: Level = "balanced",
+    signed_zeros: bool = False,
+    **options: Any,
+) -> Path:
+    """Save a model in the sparse form: every piece of a tensor takes the codecs that are smallest for it.
 
     The folder is written beside its final place and then renamed, so it is never half there. After ``import
     sparsehooks``, ``AutoModel.from_pretrained`` opens it bit for bit (a negative zero becomes a positive one).
@@ -20,17 +28,24 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Pat
     Args:
         model: a transformers model, or any module, which is saved as ``model.safetensors`` alone.
         folder: a new or empty folder, or an earlier artifact to replace.
+        level: how much work saving may put into a smaller file: "fast", "balanced" or "small". All open alike.
+        signed_zeros: keep -0.0, which otherwise becomes +0.0 in the tensors that are encoded.
         options: passed on to the model's own ``save_pretrained`` (``max_shard_size``, ...).
 
     Raises:
-        ArtifactError: if the folder holds something else, or cannot be written.
+        ArtifactError: if the level does not exist, or the folder holds something else or cannot be written.
     """
+    check_level(level)
+    if options.get("push_to_hub"):
+        options.setdefault("repo_id", Path(folder).name)  # transformers would take the name of the temporary folder
     with new_folder(folder) as temporary:
-        write_model(model, temporary, **options)
+        write_model(model, temporary, level=level, signed_zeros=signed_zeros, **options)
     return Path(folder)
 
 
-def write_model(model: nn.Module, folder: Path, **options: Any) -> None:
+def write_model(
+    model: nn.Module, folder: Path, *, level: Level = "balanced", signed_zeros: bool = False, **options: Any
+) -> None:
     """What ``save_pretrained`` writes, into a folder that is there already."""
     from safetensors.torch import save_file
     from transformers import PreTrainedModel
@@ -38,13 +53,14 @@ def write_model(model: nn.Module, folder: Path, **options: Any) -> None:
     from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 
     if not isinstance(model, PreTrainedModel):
-        tensors, metadata = encode_state_dict(model.state_dict())
+        tensors, metadata = encode_state_dict(model.state_dict(), level=level, signed_zeros=signed_zeros)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
         return
     config = disarm(model)
-    arm(model, config or SparseHooksConfig())
+    arm(model, config or SparseHooksConfig(), level=level, signed_zeros=signed_zeros)
     try:
         model.save_pretrained(folder, **options)
     finally:
-        if config is None:
-            disarm(model)
+        disarm(model)
+        if config is not None:
+            arm(model, config)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from sparsehooks.cli.options import Json, NoAutoload, PluginNames, human_bytes, load_plugins, print_json
+from sparsehooks.cli.options import Json, NoAutoload, PluginNames, SaveLevel, human_bytes, load_plugins, print_json
+
+if TYPE_CHECKING:
+    from sparsehooks.components import Level
 
 
 def run(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
     recipe: Annotated[Path, typer.Option(help="The recipe; schedules do not apply, every stage acts at once.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder, or an earlier artifact to replace.")],
+    level: SaveLevel = "balanced",
     plugin: PluginNames = [],  # noqa: B006
     no_autoload: NoAutoload = False,
     json: Json = False,
@@ -32,7 +36,7 @@ def run(
         from sparsehooks.loops.posttrain import compress
 
         transformers.utils.logging.disable_progress_bar()
-        compress(model, loaded, out, plugins=manager)
+        compress(model, loaded, out, plugins=manager, level=cast("Level", level))
         found = inspect(out)
     if json:
         print_json(

@@ -17,6 +17,9 @@ PluginNames = Annotated[
     typer.Option("-p", "--plugin", help="Load a plugin by name or .py file; no:NAME switches one off.", metavar="NAME"),
 ]
 NoAutoload = Annotated[bool, typer.Option("--no-autoload", help="Load no plugins of installed packages.")]
+SaveLevel = Annotated[
+    str, typer.Option("--level", help="How much work to put into a smaller file: fast, balanced or small.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

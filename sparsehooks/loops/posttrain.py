@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from sparsehooks.artifact.folder import new_folder
+from sparsehooks.artifact.folder import check_level, new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.artifact.write import write_model
+from sparsehooks.components import Level
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
 from sparsehooks.plan import Plan
@@ -29,6 +30,8 @@ def compress(
     tokenizer: Any = None,
     calibration: Iterable[Any] | None = None,
     plugins: Sequence[Any] | PluginManager = (),
+    *,
+    level: Level = "balanced",
 ) -> nn.Module:
     """Compress a model without training: every stage at once, at its final value; schedules do not apply.
 
@@ -39,6 +42,7 @@ def compress(
         tokenizer: saved beside the model. Of a folder, the tokenizer's files are taken along without it.
         calibration: batches for components that need data; no built-in one does yet.
         plugins: see ``PluginManager``.
+        level: how much work saving may put into a smaller file; see ``save_pretrained``.
 
     Returns:
         the compressed model; saving it writes the sparse form.
@@ -47,6 +51,7 @@ def compress(
         PlanError: all problems together, before the model is touched; distillation is one.
         ArtifactError: if ``out`` cannot be written.
     """
+    check_level(level)
     manager = as_manager(plugins)
     recipe = Recipe.of(recipe, manager)
     Plan.build(recipe, manager)  # a schedule that does not apply shall be right all the same
@@ -65,7 +70,7 @@ def compress(
             session.finish()
         arm(model, SparseHooksConfig(**session.provenance))
         if folder is not None:
-            write_model(model, folder)
+            write_model(model, folder, level=level)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             elif source is not None:

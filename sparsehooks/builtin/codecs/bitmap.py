@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from sparsehooks import ArtifactError, Codec, Layout
@@ -13,22 +11,25 @@ class Bitmap(Codec):
     """One bit an element in row-major order, the first in the lowest bit of a byte; unused last bits are 0."""
 
     role = "positions"
-    sections = ("bits",)
 
     def bound(self, data: np.ndarray, layout: Layout) -> int:
         """Any positions fit."""
         return -(-layout.size // 8)
 
-    def encode(self, data: np.ndarray, layout: Layout) -> dict[str, bytes]:
+    def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """Pack the bits."""
-        return {"bits": np.packbits(data, bitorder="little").tobytes()}
+        bits = np.zeros(layout.size, np.bool_)
+        bits[data] = True
+        return np.packbits(bits, bitorder="little").tobytes()
 
-    def decode(self, sections: Mapping[str, memoryview], layout: Layout) -> np.ndarray:
+    def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """Unpack the bits."""
-        bits = np.frombuffer(sections["bits"], np.uint8)
-        if bits.size != -(-layout.size // 8):
-            raise ArtifactError(f"the bitmap has {bits.size} bytes for {layout.size} elements")
-        if layout.size % 8 and bits[-1] >> (layout.size % 8):
+        if len(part) != -(-layout.size // 8):
+            raise ArtifactError(f"the bitmap has {len(part)} bytes for {layout.size} elements")
+        if layout.size % 8 and part[-1] >> (layout.size % 8):
             raise ArtifactError("the bitmap has bits set after its end")
-        unpacked = np.unpackbits(bits, count=layout.size, bitorder="little")
-        return unpacked.view(np.bool_).reshape(layout.rows, layout.columns)
+        bits = np.unpackbits(np.frombuffer(part, np.uint8), count=layout.size, bitorder="little")
+        positions = np.flatnonzero(bits.view(np.bool_))
+        if positions.size != layout.count:
+            raise ArtifactError(f"the bitmap has {positions.size} bits set for {layout.count} values")
+        return positions
