@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -35,6 +36,8 @@ from sparsehooks.artifact.folder import installed_codecs
 
 LEVELS = ("fast", "balanced", "small")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+logging.disable_progress_bar()
 
 
 def make(sparsity):
@@ -80,7 +83,6 @@ def resident(key):
 
 def measure(folder):
     """Open one folder in this process, which has opened nothing before."""
-    logging.disable_progress_bar()
     torch.set_num_threads(1)
     installed_codecs()
     (Path(folder) / "model.safetensors").read_bytes()
@@ -124,16 +126,16 @@ def compare(cases, rounds):
             first = next(other for other in rows if other["case"] == f"{dtype} dense")
             row["over_dense_and_file"] = row["peak_bytes"] / (first["peak_bytes"] + row["bytes"])
             longer = row["used_s"] - first["used_s"]
-            row["up_to_mb_s"] = (first["bytes"] - row["bytes"]) / longer / 1e6 if longer > 0 else float("inf")
+            row["up_to_mb_s"] = (first["bytes"] - row["bytes"]) / longer / 1e6 if longer > 0 else math.inf
         rows.append(row)
     return rows
 
 
 def show(row):
+    times = [f"{row[key]:.2f} ({row[f'{key}_ratio']:.2f}x)" for key in ("load_s", "used_s", "used_cpu_s")]
     print(
-        f"{row['case']:>13} | {row['bytes'] / 1e6:6.1f} | {row['load_s']:.2f} ({row['load_s_ratio']:.2f}x) | "
-        f"{row['used_s']:.2f} ({row['used_s_ratio']:.2f}x) | {row['used_cpu_s']:.2f} ({row['used_cpu_s_ratio']:.2f}x) | "
-        f"{row['peak_bytes'] / 1e6:.0f} | {row.get('over_dense_and_file', 0):.3f} | {row.get('up_to_mb_s', 0):.0f}"
+        f"{row['case']:>13} | {row['bytes'] / 1e6:6.1f} | {' | '.join(times)} | {row['peak_bytes'] / 1e6:.0f} | "
+        f"{row.get('over_dense_and_file', math.nan):.3f} | {row.get('up_to_mb_s', math.nan):.0f}"
     )
 
 

@@ -104,6 +104,13 @@ def test_zero_maps_to_zero_and_codes_are_symmetric():
     assert quantized(weight)[0, 2:4].signbit().sum() == 0
 
 
+def test_a_product_too_small_for_the_dtype_is_a_positive_zero():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        values = from_codes(torch.tensor([[-1, 0, 1]], dtype=torch.int8), torch.tensor([[2.0**-30]]), dtype)
+        assert not values[0, :2][values[0, :2] == 0].signbit().any()
+    assert from_codes(torch.tensor([[-1]], dtype=torch.int8), torch.tensor([[2.0**-30]]), torch.float16) == 0
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", FLOATS)
 def test_values_that_are_not_finite_spoil_their_row_and_no_other(bad, name):
@@ -687,6 +694,12 @@ def test_exponents_that_lie():
         refused("exponent", part, layout)
     for dtype in ("F32", "F16", "F64", "U16"):
         refused("exponent", good, Layout(dtype, 1, 10, 10))
+    for exponents, exception in (([15, 31, 32], 1), ([15, 14, 13], 32), ([15, 14, 255], 1), ([15, 14, 31], 31)):
+        part = struct.pack("<BBHII", 3, 0, 0, 1, 1) + bytes([*exponents, 0, 0, 2, exception]) + bytes(10 + 3 * 2)
+        if max(*exponents, exception) < 32:
+            CODECS["exponent"].decode(memoryview(part), Layout("F16", 1, 10, 10))
+        else:
+            refused("exponent", part, Layout("F16", 1, 10, 10), "no such exponent in F16")
 
 
 def test_coded_exponents_that_lie():
@@ -704,6 +717,8 @@ def test_coded_exponents_that_lie():
         *(struct.pack("<BBHI", *start) + good[8:] for start in ((0, 0, 2, 10), (0, 0, 0, 11), (0, 0, 2, 2**32 - 1))),
     ):
         refused("exponent-entropy", part, layout)
+    for symbols in ((0x7F, 0x7E), (0x7E, 0x7E), (0x7E, 0x100), (0x7E, 0xFFFF)):
+        refused("exponent-entropy", good[:8] + struct.pack("<2H", *symbols) + good[12:], layout, "ascending order")
     for dtype in ("F32", "F16", "F64", "U16"):
         refused("exponent-entropy", good, Layout(dtype, 1, 10, 10))
 
@@ -826,6 +841,13 @@ def test_bombs_stay_small(bomb, count):
     tracemalloc.stop()
     assert peak < 4 << 20
     assert time.thread_time() - begin < 0.1
+
+
+def test_a_window_of_more_than_8_mib_is_refused():
+    layout = Layout("U8", 1, 1000, 1000)
+    assert not CODECS["entropy"].decode(memoryview(frame(13, 1000)), layout).any()
+    for window in (14, 16, 17, 21):
+        refused("entropy", frame(window, 1000), layout, "not 1000 symbols")
 
 
 def test_a_bomb_does_not_fill_the_memory_of_the_process():

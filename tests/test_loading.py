@@ -31,7 +31,10 @@ from transformers import (
     CLIPVisionModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     NomicBertConfig,
@@ -77,6 +80,15 @@ ARCHITECTURES = {
     # names in the file are others than in the model, and renaming them twice would not do
     "nomic_bert": (NomicBertForMaskedLM, lambda: NomicBertConfig(**TEXT, num_attention_heads=4)),
     "clip": (CLIPVisionModel, lambda: CLIPVisionConfig(**IMAGE, image_size=32, patch_size=8)),
+    # two models in one, each with conversions of its own
+    "llava": (
+        LlavaForConditionalGeneration,
+        lambda: LlavaConfig(
+            text_config=LlamaConfig(**TEXT, **HEADS),
+            vision_config=CLIPVisionConfig(**IMAGE, image_size=32, patch_size=8),
+            image_token_index=120,
+        ),
+    ),
     "wav2vec2": (
         Wav2Vec2Model,
         lambda: Wav2Vec2Config(
@@ -173,6 +185,19 @@ def test_every_level_opens_keeps_signed_zeros_and_trains_further(level, tmp_path
     assert not same_state(model, opened)
     assert not any((weight[gone[name]] != 0).any() for name, weight in linear_weights(opened).items())
     assert zeros(opened) == expected_zeros(opened, 0.9)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "nomic_bert", "t5"])
+def test_a_base_model_opens_from_a_task_model(name, tmp_path):
+    model = make(name)
+    model.save_pretrained(tmp_path / "dense")
+    sparsehooks.save_pretrained(model, tmp_path / "a")
+    dense, opened = (AutoModel.from_pretrained(tmp_path / folder) for folder in ("dense", "a"))
+    assert same_state(dense, opened)
+    dense.save_pretrained(tmp_path / "dense base")
+    opened.save_pretrained(tmp_path / "base")
+    assert names(tmp_path / "base") == names(tmp_path / "dense base")
+    assert same_state(dense, AutoModel.from_pretrained(tmp_path / "base"))
 
 
 def test_a_task_model_opens_from_a_base_model(tmp_path):

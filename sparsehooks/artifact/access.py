@@ -60,7 +60,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing is kept open between two reads."""
+        """Close the files."""
+        self._shards, self._places = (), {}
 
     def keys(self) -> list[str]:
         """The names of the tensors, sorted."""
@@ -108,7 +109,11 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         stored = self._stored(name)
         if stored.blob is None:
             raise ArtifactError(f"'{stored.shard.path}': tensor '{name}' is stored plain; it has no 2:4 form")
-        values, places = semi_structured(stored.blob)
+        stored.check_size()
+        try:
+            values, places = semi_structured(stored.blob)
+        except ArtifactError as error:
+            raise ArtifactError(f"'{stored.shard.path}': {error}") from None
         return values.to(self._device), places.to(self._device)
 
     def _stored(self, name: str) -> Stored:

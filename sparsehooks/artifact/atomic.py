@@ -38,29 +38,43 @@ def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], boo
     """
     # through links, so that a link to a folder stays one
     final = Path(os.path.realpath(out))
-    _check_free(final, may_replace)
     # not beside a parent that would be left behind after a failure
     home = next(parent for parent in final.parents if parent.exists())
     temporary = home / f".{final.name}.{secrets.token_hex(4)}.tmp"
-    _remove_stale(home, final.name)
-    lock = None
+    _clear_up(home, final, may_replace)
+    _check_free(final, may_replace)
+    lock, unmoved = None, False
     try:
         temporary.mkdir()
         lock = _lock(temporary)
         yield temporary
         _check_free(final, may_replace)  # again: the block may have taken long
         _move(temporary, final)
+        unmoved = True
+        _keep_others(temporary, final, os.rename)  # what appeared meanwhile
+        unmoved = False
+        _sync(final.parent)
     except (OSError, SafetensorError) as error:
-        culprit = error.filename if isinstance(error, OSError) else None
-        ours = str(culprit).startswith((str(temporary), str(final))) or Path(str(culprit)) in final.parents
-        if culprit is not None and not ours:
+        if isinstance(error, OSError) and not _is_ours(error, temporary, final):
             raise  # something that the block did, and not the writing
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if unmoved:
+            what = f"'{out}' is written, but other files of the old folder are still in '{temporary}': {reason}"
+            raise ArtifactError(what) from error
         raise ArtifactError(f"cannot write '{out}': {reason}; nothing was changed") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # now perhaps the folder that was replaced
+        if not unmoved:
+            shutil.rmtree(temporary, ignore_errors=True)  # now perhaps the folder that was replaced
         if lock is not None:
             os.close(lock)
+
+
+def _is_ours(error: OSError, temporary: Path, final: Path) -> bool:
+    """Whether an error came of writing the folder; those of other work have no number, or name another file."""
+    if error.filename is None:
+        return error.errno is not None
+    named = str(error.filename)
+    return named.startswith((str(temporary), str(final))) or Path(named) in final.parents
 
 
 def _check_free(final: Path, may_replace: Callable[[Path], bool]) -> None:
@@ -70,13 +84,19 @@ def _check_free(final: Path, may_replace: Callable[[Path], bool]) -> None:
         raise ArtifactError(f"'{final}' already holds other files; choose a new folder")
 
 
-def _remove_stale(home: Path, name: str) -> None:
-    """Remove the temporary folders of runs that were killed: nobody has those locked any more."""
-    for path in home.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"):
+def _clear_up(home: Path, final: Path, is_replaceable: Callable[[Path], bool]) -> None:
+    """Undo what killed runs left: their temporary folders, which nobody has locked any more, and steps half done."""
+    pattern = f".{glob.escape(final.name)}.{'[0-9a-f]' * 8}"
+    for path in home.glob(f"{pattern}.tmp"):
         lock = _lock(path)
         if lock is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
+    for path in filter(is_replaceable, home.glob(f"{pattern}.old")):
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
 
 
 def _lock(folder: Path) -> int | None:
@@ -110,18 +130,23 @@ def _move(temporary: Path, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     if not replaced:
         temporary.rename(final)
-    else:
-        if not _exchange(temporary, final):
-            _exchange_in_steps(temporary, final)
-        _keep_others(temporary, final, os.rename)  # what appeared meanwhile
-    _sync(final.parent)
+    elif not _exchange(temporary, final):
+        _exchange_in_steps(temporary, final)
 
 
 def _keep_others(old: Path, new: Path, place: Callable[[Path, Path], object]) -> None:
     """What else lies in the old folder is not ours to delete."""
-    for path in old.iterdir():
-        if not WEIGHTS.fullmatch(path.name) and not os.path.lexists(new / path.name):
-            place(path, new / path.name)
+    for path in old.iterdir() if old.exists() else ():
+        if not WEIGHTS.fullmatch(path.name):
+            _keep(path, new / path.name, place)
+
+
+def _keep(path: Path, target: Path, place: Callable[[Path, Path], object]) -> None:
+    if not os.path.lexists(target):
+        place(path, target)
+    elif not path.is_symlink() and path.is_dir() and target.is_dir():
+        for inner in path.iterdir():
+            _keep(inner, target / inner.name, place)
 
 
 def _link(source: Path | str, target: Path | str) -> None:

@@ -61,14 +61,14 @@ class Blob:
         """
         header = self.header
         start, stop = first * header.columns, last * header.columns
-        dense = np.empty(stop - start, header.layout(0, 0).bits)
+        dense = np.zeros(stop - start, header.layout(0, 0).bits)  # new memory is zero, at no cost
         for number in range(start // header.chunk, -(-stop // header.chunk)):
             at = number * header.chunk - start
             size = min(header.chunk, header.size - number * header.chunk)
             if at >= 0 and at + size <= dense.size:
                 self._decode(number, dense[at : at + size])
             else:
-                chunk = np.empty(size, dense.dtype)
+                chunk = np.zeros(size, dense.dtype)
                 self._decode(number, chunk)
                 dense[max(at, 0) : at + size] = chunk[max(-at, 0) : dense.size - at]
         with self._naming():
@@ -88,16 +88,17 @@ class Blob:
         return tuple(self.header.codecs[place] for place in sorted(_places(role, self.table)))
 
     def _decode(self, number: int, dense: np.ndarray) -> None:
-        """Write a chunk into memory of any content."""
+        """Write a chunk into memory of zeros."""
         layout, values = self._parts(number)
         if layout.positions is None:
             dense[:] = values
         else:
-            dense.fill(0)  # here, not for all chunks at once: now they stay in the cache
             # torch scatters faster than numpy, signed numbers only
             signed = f"i{dense.itemsize}"
             found = torch.from_numpy(np.require(values, requirements="W").view(signed))
-            torch.from_numpy(dense.view(signed)).scatter_(0, torch.from_numpy(layout.positions), found)
+            torch.from_numpy(dense.view(signed)).scatter_(
+                0, torch.from_numpy(np.require(layout.positions, requirements="W")), found
+            )
 
     def _parts(self, number: int) -> tuple[Layout, np.ndarray]:
         with self._naming():

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from sparsehooks.artifact.header import ALL, DTYPES, MAGIC, MAX_CHUNK, MAX_DIMS, Chunk, Header, padding, write_header
 from sparsehooks.components import LEVELS, Codec, Level
-from sparsehooks.errors import ArtifactError
 from sparsehooks.views import Layout
 
 MIN_SAVED_SHARE = 0.1
@@ -81,8 +80,8 @@ def encode(
         signed_zeros: keep -0.0, as a value like any other.
 
     Returns:
-        uint8, one dimension, on the CPU; None if the tensor has not at least two dimensions, or a blob would save
-        less than ``MIN_SAVED_SHARE`` and ``MIN_SAVED_BYTES``.
+        uint8, one dimension, on the CPU; None if the tensor has not at least two dimensions, no codec can hold it, or
+        a blob would save less than ``MIN_SAVED_SHARE`` and ``MIN_SAVED_BYTES``.
     """
     dtype = next((name for name, (dtype, _) in DTYPES.items() if dtype == tensor.dtype), None)
     shape = tuple(tensor.shape)
@@ -90,6 +89,8 @@ def encode(
         return None
     header = Header(dtype, shape, _chunk(shape[0], math.prod(shape[1:])), ())
     limit = header.dense_bytes - max(MIN_SAVED_BYTES, math.ceil(MIN_SAVED_SHARE * header.dense_bytes))
+    if limit <= 0:
+        return None
     usable = [
         _Candidate(name, codec, 1 if level == "small" or codec.level == "fast" else 1 / _WORTH)
         for name, codec in codecs.items()
@@ -103,6 +104,8 @@ def encode(
     blob = bytearray(room)
     for number, bits in enumerate(_pieces(tensor, header)):
         chunk = _encode_chunk(bits, header.layout(number, bits.size), usable, sign)
+        if chunk is None:
+            return None
         parts = [part + bytes(padding(len(part))) for part in chunk.parts]
         names += [name for name in chunk.codecs if name is not None and name not in names]
         first, second = chunk.codecs
@@ -157,8 +160,8 @@ class _Candidate(NamedTuple):
     cost: float
 
 
-def _encode_chunk(bits: np.ndarray, layout: Layout, candidates: Sequence[_Candidate], sign: int) -> _Encoded:
-    """The smallest pair of parts, of all pairs of codecs."""
+def _encode_chunk(bits: np.ndarray, layout: Layout, candidates: Sequence[_Candidate], sign: int) -> _Encoded | None:
+    """The smallest pair of parts, of all pairs of codecs; None if none can hold the values."""
     best: _Encoded | None = None
     nonzero = _nonzero(bits, sign)
     positions_codecs = [candidate for candidate in candidates if candidate.codec.role == "positions"]
@@ -170,8 +173,6 @@ def _encode_chunk(bits: np.ndarray, layout: Layout, candidates: Sequence[_Candid
         found = _smallest(values_codecs, values, replace(layout, count=values.size, positions=data))
         if found is not None and (best is None or len(part) + len(found[1]) < sum(map(len, best.parts))):
             best = _Encoded(values.size, (positions, found[0]), (part, found[1]))
-    if best is None:
-        raise ArtifactError("no codec can hold the values; switch the built-in codecs on again")
     return best
 
 

@@ -18,7 +18,7 @@ from sparsehooks.artifact.atomic import atomic_folder
 from sparsehooks.artifact.container import Rows, encode, is_blob
 from sparsehooks.artifact.inspection import Inspection, TensorRow, row_of
 from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, check_tensor
-from sparsehooks.artifact.shards import Shard, ShardWriter, checksums
+from sparsehooks.artifact.shards import CHECKSUMS, Shard, ShardWriter, checksums
 from sparsehooks.artifact.stored import Stored
 from sparsehooks.components import LEVELS, Codec, Level
 from sparsehooks.errors import ArtifactError, PluginError, suggest
@@ -232,8 +232,11 @@ def _write_dense(shard: Shard, target: Path, codecs: Mapping[str, Codec], report
     stored = {entry.name: Stored(shard, entry, codecs) for entry in shard.entries}
     for tensor in stored.values():
         tensor.check_size()
+    expected = shard.checksums() if CHECKSUMS in shard.metadata else None
 
     def load(name: str) -> Tensor | Rows:
+        if expected is not None:
+            check_tensor(shard, stored[name].entry, expected)
         report(stored[name].entry.length)
         return stored[name] if stored[name].shape else stored[name].tensor()
 

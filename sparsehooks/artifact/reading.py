@@ -80,7 +80,7 @@ class Folder:
         return folder
 
     def entries(self) -> Iterator[tuple[Shard, Entry]]:
-        """Every tensor and the file that holds it; ``shard.read(entry)`` gives it as stored, a blob or plain."""
+        """Every tensor and the file that holds it; in no particular order."""
         return ((shard, entry) for shard in self.shards for entry in shard.entries)
 
     @property

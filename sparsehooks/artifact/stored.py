@@ -59,10 +59,13 @@ class Stored:
         Raises:
             ArtifactError: if it would become too large.
         """
-        if self.blob is not None and self.nbytes > max(MAX_BYTES, MAX_EXPANSION * self.entry.length):
+        self._check_bytes(self.nbytes)
+
+    def _check_bytes(self, size: int) -> None:
+        if self.blob is not None and size > max(MAX_BYTES, MAX_EXPANSION * self.entry.length):
             raise ArtifactError(
-                f"'{self.shard.path}': tensor '{self.entry.name}' would decode from {self.entry.length} to "
-                f"{self.nbytes} bytes; read some rows at a time with sparsehooks.safe_open(...).get_slice"
+                f"'{self.shard.path}': tensor '{self.entry.name}' would decode from {self.entry.length} to {size} "
+                "bytes; read some rows at a time with sparsehooks.safe_open(...).get_slice"
             )
 
     def tensor(self) -> Tensor:
@@ -81,12 +84,13 @@ class Stored:
         if step != 1:
             raise IndexError(f"tensor '{self.entry.name}' can be read in steps of 1 only")
         last = max(first, last)
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        self._check_bytes((last - first) * row)
         if self.blob is not None:
             try:
                 return self.blob.rows(first, last)
             except ArtifactError as error:
                 raise ArtifactError(f"'{self.shard.path}': {error}") from None
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return self.shard.read(self.entry, first * row, (last - first) * row).view(last - first, *self.shape[1:])
 
     def pieces(self) -> list[slice]:
