@@ -346,3 +346,13 @@ with sparsehooks.safe_open({str(folder)!r}) as file:
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("transformers", "accelerate")))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ})
     assert done.stdout.strip() == "['transformers']", done.stderr
+
+
+def test_what_cannot_be_saved_is_said(tmp_path):
+    with pytest.raises(ArtifactError, match="takes a module, not a dict"):
+        sparsehooks.save_pretrained({}, tmp_path / "out")
+    with pytest.raises(ArtifactError, match="without option 'signed_zero'"):
+        sparsehooks.save_pretrained(torch.nn.Linear(8, 8), tmp_path / "out", signed_zero=True)
+    with pytest.raises(ArtifactError, match=r"there is no level 'smal'; did you mean 'small'\?"):
+        sparsehooks.save_pretrained(torch.nn.Linear(8, 8), tmp_path / "out", level="smal")
+    assert not (tmp_path / "out").exists()

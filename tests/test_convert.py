@@ -776,10 +776,13 @@ def test_files_of_two_models_are_not_mixed(tmp_path):
 
 
 def test_an_artifact_may_hold_other_forms(tmp_path):
-    """What ``save_pretrained`` made of a module whose masks of torch prune were still there."""
+    """A module whose masks of torch prune are still there, with one tensor encoded."""
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
     prune.l1_unstructured(model[0], "weight", amount=0.9)
-    save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ArtifactError, match=r"'0.weight' is still a pair of torch.nn.utils.prune"):
+        save_pretrained(model, tmp_path / "saved")
+    state = model.state_dict()
+    write(tmp_path / "saved", {**state, "0.weight_mask": encode(state["0.weight_mask"], installed_codecs())})
     shard = Shard.open(tmp_path / "saved" / "model.safetensors")
     assert any(holds_blob(shard, entry) for entry in shard.entries)
     found = dense(convert(tmp_path / "saved", tmp_path / "out"), tmp_path)

@@ -107,6 +107,13 @@ def encode_state_dict(
     Returns:
         tensors (a blob where that is smaller, else the tensor itself), and strings for ``__metadata__``.
     """
+    for name in state:
+        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state:
+            weight = name.removesuffix("_orig")
+            raise ArtifactError(
+                f"'{weight}' is still a pair of torch.nn.utils.prune, which no model opens; call "
+                "torch.nn.utils.prune.remove on its module first"
+            )
     codecs = installed_codecs()
     encoded: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -64,7 +64,8 @@ class Folder:
     @classmethod
     def _open(cls, root: Path, found: tuple[int, ...]) -> Folder:
         if not root.is_dir():
-            raise ArtifactError(f"there is no folder '{root}'")
+            what = "is a file; name its folder" if root.is_file() else "does not exist"
+            raise ArtifactError(f"there is no folder '{root}': it {what}")
         config = read_json(root, CONFIG) if (root / CONFIG).exists() else {}
         index = read_json(root, INDEX) if (root / INDEX).exists() else {}
         if index and (root / WEIGHTS).exists():
@@ -76,7 +77,7 @@ class Folder:
         _check_complete(shards)
         folder = cls(root, config, index, shards, found)
         if not folder._is_marked():
-            raise ArtifactError(f"'{root}' was not saved by sparsehooks; compress it first")
+            raise ArtifactError(f"'{root}' was not saved by sparsehooks; convert or compress it first")
         return folder
 
     def entries(self) -> Iterator[tuple[Shard, Entry]]:

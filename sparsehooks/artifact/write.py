@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsehooks.artifact.folder import check_level, encode_state_dict, new_folder
 from sparsehooks.components import Level
+from sparsehooks.errors import ArtifactError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,9 +34,12 @@ def save_pretrained(
         options: passed on to the model's own ``save_pretrained`` (``max_shard_size``, ...).
 
     Raises:
-        ArtifactError: if the level does not exist, or the folder holds something else or cannot be written.
+        ArtifactError: if the level or an option does not exist, a weight is still a pair of torch.nn.utils.prune, or
+            the folder holds something else or cannot be written.
     """
     check_level(level)
+    if not hasattr(model, "state_dict"):
+        raise ArtifactError(f"save_pretrained takes a module, not a {type(model).__name__}")
     if options.get("push_to_hub"):
         options.setdefault("repo_id", Path(folder).name)  # transformers would take the name of the temporary folder
     with new_folder(folder) as temporary:
@@ -53,6 +57,8 @@ def write_model(
     from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 
     if not isinstance(model, PreTrainedModel):
+        if options:
+            raise ArtifactError(f"a module that is no transformers model is saved without option '{min(options)}'")
         tensors, metadata = encode_state_dict(model.state_dict(), level=level, signed_zeros=signed_zeros)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
         return

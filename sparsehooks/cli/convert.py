@@ -23,7 +23,7 @@ def run(
     signed_zeros: Annotated[bool, typer.Option("--signed-zeros", help="Keep -0.0 apart from +0.0.")] = False,
     json: Json = False,
 ) -> None:
-    """Store a model that is there already in the sparse form, bit for bit; AutoModel.from_pretrained opens it."""
+    """Store a model that is there already in the sparse form; AutoModel.from_pretrained opens it with equal weights."""
     from sparsehooks.artifact.convert import convert
     from sparsehooks.artifact.folder import inspect
 

@@ -20,7 +20,7 @@ def run(folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks s
         print_json(found.to_dict())
         return
     print_table(
-        ("tensor", "shape", "dtype", "sparsity", "positions", "values", "bytes", "bits/weight", "of entropy"),
+        ("tensor", "shape", "dtype", "sparsity", "positions", "values", "bytes", "bits/weight", "x ideal"),
         (
             (
                 row.name,
@@ -31,14 +31,14 @@ def run(folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks s
                 row.values or "",
                 f"{row.bytes:,}",
                 f"{row.bits_per_weight:.2f}",
-                f"{row.over_entropy:.2f}",
+                f"{row.over_entropy:.2f}" if row.values else "",
             )
             for row in found.tensors
         ),
-        right=("sparsity", "bytes", "bits/weight", "of entropy"),
+        right=("sparsity", "bytes", "bits/weight", "x ideal"),
     )
     typer.echo(
         f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.sparsity:.1%} zeros, "
-        f"{human_bytes(found.bytes)} of {human_bytes(found.dense_bytes)} ({found.ratio:.1%}); an ideal code that knows "
-        f"only how often values occur would need {human_bytes(found.entropy_bytes)}"
+        f"{human_bytes(found.bytes)} of {human_bytes(found.dense_bytes)} ({found.ratio:.1%}), "
+        f"{found.bytes / max(1, found.entropy_bytes):.2f} x what an ideal code needs that knows how often values occur"
     )
