@@ -6,7 +6,7 @@ Small artifacts that use every codec are changed in one of three layers: the byt
 metadata, checksums, index, config), or one encoded tensor (header, table, parts). In every second mutant all checksums
 are made right again, so that the checks behind them are reached. Then
 
-- nothing but ``ArtifactError`` is raised, in one line that names the folder or a file of it,
+- nothing but ``ArtifactError`` is raised, in one line that names the folder or a file of it, and nothing is warned of,
 - a mutant takes less than a second of CPU time and less than 64 MB,
 - what can be read is the same bit for bit. With checksums made right, other values cannot be told from those of
   another valid file ("other"): then all ways to read agree on shape, dtype and values. Without, only a tensor of which
@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -642,7 +643,7 @@ def check_well_formed(folder, rows, tensors, *, thorough):
 
 @contextlib.contextmanager
 def watched():
-    """A hang ends in an error, and so does memory that is asked for and not used."""
+    """Hangs end in an error, and so do warnings and memory that is asked for and not used."""
 
     def late(*_):
         raise TimeoutError("a mutant hangs")
@@ -651,7 +652,8 @@ def watched():
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), limits[1]))
     try:
-        yield
+        with warnings.catch_warnings(action="error"):
+            yield
     finally:
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -775,6 +775,14 @@ def test_files_of_two_models_are_not_mixed(tmp_path):
     refused(tmp_path / "out0", tmp_path / "again", "were not saved together")
 
 
+def test_metadata_of_the_files_is_kept(tmp_path):
+    save_file({"w": torch.eye(100)}, tmp_path / "dense.safetensors", metadata={"format": "pt", "license": "mine"})
+    found = Shard.open(convert(tmp_path / "dense.safetensors", tmp_path / "out") / "model.safetensors").metadata
+    assert found.items() >= {"license": "mine", "format": "pt", "sparsehooks.format": "1"}.items()
+    again = Shard.open(convert(tmp_path / "out", tmp_path / "again") / "model.safetensors").metadata
+    assert again == found
+
+
 def test_an_artifact_may_hold_other_forms(tmp_path):
     """A module whose masks of torch prune are still there, with one tensor encoded."""
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))

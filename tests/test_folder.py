@@ -772,6 +772,59 @@ def test_a_damaged_artifact_leaves_no_dense_folder(single, tmp_path, codecs):
     assert contents(tmp_path) == before
 
 
+def test_a_replacement_that_was_killed_between_its_steps_is_undone(tmp_path, monkeypatch):
+    """Where folders cannot change places at once."""
+    monkeypatch.setattr("sparsehooks.artifact.atomic._exchange", lambda first, second: False)
+    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+    before = contents(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model.0123abcd.old")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "model"):
+        raise RuntimeError
+    assert contents(tmp_path / "model") == before
+    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_of_inner_folders_stay(tmp_path):
+    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+    (tmp_path / "model" / "inner").mkdir()
+    (tmp_path / "model" / "inner" / "mine.txt").write_text("mine")
+    (tmp_path / "model" / "inner" / "both.txt").write_text("old")
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "both.txt").write_text("new")
+    assert (tmp_path / "model" / "inner" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "model" / "inner" / "both.txt").read_text() == "new"
+
+
+def test_what_cannot_be_moved_is_not_lost(tmp_path, monkeypatch):
+    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+
+    def full(old, new, place):
+        if place is os.rename:
+            raise OSError(28, "No space left on device", str(new))
+
+    monkeypatch.setattr("sparsehooks.artifact.atomic._keep_others", full)
+    with pytest.raises(ArtifactError, match="is written, but other files of the old folder are still in"):
+        save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+    monkeypatch.undo()
+    for _ in range(2):
+        assert len(list(tmp_path.glob(".model.*.kept"))) == 1
+        assert len(list(tmp_path.iterdir())) == 2
+        save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+
+
+def test_decompress_compares_checksums(tmp_path):
+    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ArtifactError, match="does not match its checksum"):
+        decompress(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------- other processes
 
 
@@ -898,52 +951,3 @@ if __name__ == "__main__":
     rewrite(model, 3)  # removes what killed runs left
     assert look(model) == 3
     print(json.dumps(seen))
-
-
-def test_a_replacement_that_was_killed_between_its_steps_is_undone(tmp_path, monkeypatch):
-    """Where folders cannot change places at once."""
-    monkeypatch.setattr("sparsehooks.artifact.atomic._exchange", lambda first, second: False)
-    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
-    before = contents(tmp_path / "model")
-    (tmp_path / "model").rename(tmp_path / ".model.0123abcd.old")
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "model"):
-        raise RuntimeError
-    assert contents(tmp_path / "model") == before
-    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_files_of_inner_folders_stay(tmp_path):
-    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
-    (tmp_path / "model" / "inner").mkdir()
-    (tmp_path / "model" / "inner" / "mine.txt").write_text("mine")
-    (tmp_path / "model" / "inner" / "both.txt").write_text("old")
-    with new_folder(tmp_path / "model") as folder:
-        (folder / "inner").mkdir()
-        (folder / "inner" / "both.txt").write_text("new")
-    assert (tmp_path / "model" / "inner" / "mine.txt").read_text() == "mine"
-    assert (tmp_path / "model" / "inner" / "both.txt").read_text() == "new"
-
-
-def test_what_cannot_be_moved_is_not_lost(tmp_path, monkeypatch):
-    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
-
-    def full(old, new, place):
-        if place is os.rename:
-            raise OSError(28, "No space left on device", str(new))
-
-    monkeypatch.setattr("sparsehooks.artifact.atomic._keep_others", full)
-    with pytest.raises(ArtifactError, match="is written, but other files of the old folder are still in"):
-        save_pretrained(nn.Linear(64, 64), tmp_path / "model")
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_decompress_compares_checksums(tmp_path):
-    save_pretrained(nn.Linear(64, 64), tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.write_bytes(damaged)
-    with pytest.raises(ArtifactError, match="does not match its checksum"):
-        decompress(tmp_path / "model", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -59,12 +59,12 @@ def atomic_folder(out: str | os.PathLike[str], may_replace: Callable[[Path], boo
             raise  # something that the block did, and not the writing
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if unmoved:
-            what = f"'{out}' is written, but other files of the old folder are still in '{temporary}': {reason}"
+            kept = temporary.rename(temporary.with_suffix(".kept"))  # the next run would remove the temporary one
+            what = f"'{out}' is written, but other files of the old folder are still in '{kept}': {reason}"
             raise ArtifactError(what) from error
         raise ArtifactError(f"cannot write '{out}': {reason}; nothing was changed") from error
     finally:
-        if not unmoved:
-            shutil.rmtree(temporary, ignore_errors=True)  # now perhaps the folder that was replaced
+        shutil.rmtree(temporary, ignore_errors=True)  # now perhaps the folder that was replaced
         if lock is not None:
             os.close(lock)
 

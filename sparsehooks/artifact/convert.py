@@ -66,7 +66,8 @@ def convert(
 
     with new_folder(out) as temporary:
         # every file carries the checksums of all tensors, so headers are written when all tensors are
-        longest = {**_METADATA, CHECKSUMS: json.dumps(dict.fromkeys(model.weights, 2**32 - 1))}
+        known = {**model.file_metadata, **_METADATA}
+        longest = {**known, CHECKSUMS: json.dumps(dict.fromkeys(model.weights, 2**32 - 1))}
         files = model.files()
         writers = []
         for file, names in files.items():
@@ -75,7 +76,7 @@ def convert(
             writers[-1].write(load)
         checksums = {name: checksum for writer in writers for name, checksum in writer.checksums.items()}
         for writer in writers:
-            writer.finish({**_METADATA, CHECKSUMS: json.dumps(checksums)})
+            writer.finish({**known, CHECKSUMS: json.dumps(checksums)})
         if len(files) > 1:
             metadata = {**model.metadata, "total_size": sum(writer.bytes for writer in writers)}
             weight_map = {name: file for file, names in files.items() for name in names}

@@ -54,12 +54,14 @@ class Source:
         weights: its tensors by name.
         config: config.json without what described another compressed form; empty if there is none.
         metadata: what the index of its files says besides their names.
+        file_metadata: the ``__metadata__`` of its safetensors files, without what belongs to a format.
         others: every file to copy, by its path within the folder.
     """
 
     weights: Mapping[str, Weight]
     config: Mapping[str, Any]
     metadata: Mapping[str, Any]
+    file_metadata: Mapping[str, str]
     others: Mapping[str, Path]
 
     @classmethod
@@ -75,14 +77,16 @@ class Source:
         """
         root = Path(path)
         if root.is_file():
-            return cls(restored(_file_weights(root, codecs)), {}, {}, {})
+            weights = _file_weights(root, codecs)
+            return cls(restored(weights), {}, {}, _file_metadata(root.parent, weights), {})
         if not root.is_dir():
             raise ArtifactError(f"there is no folder or file '{path}'")
         config = _plain_config(read_json(root, CONFIG), root / CONFIG) if (root / CONFIG).exists() else {}
         index, weights = _folder_weights(root, codecs)
         metadata = index.get("metadata")
         others = {name: own_file(root, name) for name in _others(root)}
-        return cls(restored(weights), config, metadata if isinstance(metadata, dict) else {}, others)
+        known = metadata if isinstance(metadata, dict) else {}
+        return cls(restored(weights), config, known, _file_metadata(root, weights), others)
 
     def files(self) -> dict[str, list[str]]:
         """The names of the tensors of each weight file of the model once converted."""
@@ -110,6 +114,12 @@ def _folder_weights(root: Path, codecs: Mapping[str, Codec]) -> tuple[Mapping[st
                 return index, _shard_weights(indexed_shards(root, index), codecs)
             return index, _indexed_torch_weights(root, index)
     raise ArtifactError(f"'{root}' holds no model: there is neither {WEIGHTS} nor {_TORCH_WEIGHTS} nor an index of one")
+
+
+def _file_metadata(root: Path, weights: Mapping[str, Weight]) -> dict[str, str]:
+    files = sorted({weight.file for weight in weights.values() if weight.file.endswith(".safetensors")})
+    every = (pair for file in files for pair in Shard.open(root / file).metadata.items())
+    return {key: value for key, value in every if not key.startswith("sparsehooks.")}
 
 
 def _others(root: Path) -> Iterator[str]:
