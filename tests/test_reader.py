@@ -207,9 +207,8 @@ def test_it_reads_every_codec(codec, chunks, set_chunks):
         arrays = itertools.islice(contents(dtype), 1 if of_positions else None)
         for array, mask in itertools.product(arrays, list(masks())[: None if of_positions else 2]):
             wanted = from_bits(np.where(mask.reshape(-1), array, np.zeros_like(array)), dtype, SHAPE)
-            try:
-                blob = container.encode(wanted, codecs, level="small", signed_zeros=True)
-            except ArtifactError:  # it cannot hold this
+            blob = container.encode(wanted, codecs, level="small", signed_zeros=True)
+            if blob is None:  # it cannot hold this
                 continue
             assert decode(blob) == (dtype, SHAPE, raw(wanted))
             assert struct.unpack_from("<I", bytes(blob[:20].numpy()), 16) == CHUNKS[chunks][:1]

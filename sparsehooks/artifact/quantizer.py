@@ -219,6 +219,7 @@ def arm(model: Any, config: SparseHooksConfig, *, level: Level = "balanced", sig
 
     if not isinstance(model, PreTrainedModel):
         return
+    disarm(model)
     quantizer = SparseHooksQuantizer(config, pre_quantized=True)
     quantizer.level, quantizer.signed_zeros = level, signed_zeros
     quantizer.take_conversions(model)
