@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Need as Need,
         Pattern as Pattern,
         Quantizer as Quantizer,
+        Regularizer as Regularizer,
         Schedule as Schedule,
         Support as Support,
         Window as Window,
@@ -44,19 +45,24 @@ if TYPE_CHECKING:
     from sparsehooks.loops.plain import attach as attach
     from sparsehooks.loops.posttrain import compress as compress
     from sparsehooks.loops.trainer import CompressionCallback as CompressionCallback, attach_trainer as attach_trainer
-    from sparsehooks.masks import MaskChange as MaskChange, top_counts as top_counts
+    from sparsehooks.masks import MaskChange as MaskChange, straight_through as straight_through, top_counts as top_counts
     from sparsehooks.plan import Plan as Plan
     from sparsehooks.plugins import PluginManager as PluginManager
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
     from sparsehooks.recipe import (
+        ActivationStage as ActivationStage,
         DistillStage as DistillStage,
+        Grow as Grow,
         PruneStage as PruneStage,
         QuantizeStage as QuantizeStage,
         Recipe as Recipe,
+        RegularizeStage as RegularizeStage,
+        ShrinkStage as ShrinkStage,
         Use as Use,
         read_toml as read_toml,
     )
     from sparsehooks.session import Session as Session
+    from sparsehooks.targets import Target as Target
     from sparsehooks.views import (
         Batch as Batch,
         Layout as Layout,
@@ -70,19 +76,20 @@ _HOME = {
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
     "catalog": "Component Registry",
-    "components": "Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer Schedule "
-    "Support Window",
+    "components": "Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
+    "Regularizer Schedule Support Window",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
     "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",
     "loops.posttrain": "compress",
     "loops.trainer": "CompressionCallback attach_trainer",
-    "masks": "MaskChange top_counts",
+    "masks": "MaskChange straight_through top_counts",
     "plan": "Plan",
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",
-    "recipe": "DistillStage PruneStage QuantizeStage Recipe Use read_toml",
+    "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use read_toml",
     "session": "Session",
+    "targets": "Target",
     "views": "Batch Layout SessionView WeightView",
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names.split()}

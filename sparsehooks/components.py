@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from sparsehooks.targets import Target
+
 
 Level = Literal["fast", "balanced", "small"]
 """How much work saving may put into a smaller file."""
+LEARNING_RATE = 1e-3
+"""Of the AdamW that trains what components learn, unless they say otherwise."""
 LEVELS: tuple[Level, ...] = ("fast", "balanced", "small")
 """From the least work to the most."""
 
@@ -32,6 +36,16 @@ class Need(enum.Enum):
 
     HIDDEN_STATES = "hidden_states"
     """Student and teacher run with ``output_hidden_states=True``."""
+    GRADIENT = "gradient"
+    """``view.gradient``: of the loss of an optimizer step, or of the calibration batches."""
+    MOMENTUM = "momentum"
+    """``view.momentum``: the optimizer's running mean of the gradient."""
+    INPUT_NORM = "input_norm"
+    """``view.input_norm``: how large each input feature is."""
+    GRAM = "gram"
+    """``view.gram``: how the input features vary together; without training only."""
+    INFLUENCE = "influence"
+    """``view.influence``: how much the block that holds the weight changes its input."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +83,18 @@ class ComponentBase(ABC):
 
 
 class Criterion(ComponentBase):
-    """Which weights matter?"""
+    """Which weights matter? (Also: which of those that went are worth growing back?)
+
+    Attributes:
+        acts: where the mask acts. ``"weight"``: masked weights are zero in the model, and stay zero. ``"forward"``: they
+            are masked on the way into the layer's computation (``effective``) and stay alive behind the mask, so that
+            each update chooses among all weights anew.
+        samples: on how many optimizer steps (or calibration batches) before each update ``collect`` is called.
+    """
 
     kind = "criterion"
+    acts: ClassVar[Literal["weight", "forward"]] = "weight"
+    samples: int = 0
 
     @abstractmethod
     def score(self, view: WeightView) -> Tensor:
@@ -80,15 +103,63 @@ class Criterion(ComponentBase):
         Scores of one stage are compared with each other, within a layer or over all layers as the allocation says.
         """
 
+    def collect(self, view: WeightView) -> None:  # noqa: B027 - most criteria decide by what they see at once
+        """See one gradient more: called ``samples`` times before each update. Default: nothing to collect."""
+
+    def prepare(self, view: WeightView) -> dict[str, Tensor]:
+        """Make the tensors to learn beside a weight, before the first step.
+
+        Returns:
+            float32 tensors. The session trains them with an AdamW of its own (no weight decay), saves them with its
+            state, and passes them as ``view.learned``. Default: none.
+        """
+        return {}
+
+    def learning_rate(self) -> float:
+        """Of the tensors that ``prepare`` made."""
+        return LEARNING_RATE
+
+    def effective(self, view: WeightView, mask: Tensor) -> Tensor:
+        """The weight that the layer computes with, where ``acts`` is ``"forward"``.
+
+        Args:
+            view: ``weight`` and ``learned`` carry gradients here; ``training`` tells training from evaluation.
+            mask: bool, of the weight's shape.
+
+        Returns:
+            the weight's shape and dtype, differentiable. Default: zero where masked; the gradient reaches every weight.
+        """
+        from sparsehooks.masks import straight_through
+
+        return straight_through(view.weight, mask)
+
+    def penalty(self, learned: Mapping[str, Mapping[str, Tensor]], sparsity: float) -> Tensor | None:
+        """What is added to the loss for the learned tensors, once an optimizer step; a scalar. Default: nothing.
+
+        Args:
+            learned: the tensors of each weight of the stage, by the weight's name.
+            sparsity: the sparsity that the schedule asks for by now.
+        """
+        return None
+
 
 class Pattern(ComponentBase):
     """In which shape may weights go?
 
-    A *unit* is what goes or stays as a whole. Keys are parameter names; matrices are (rows, columns) = (output
-    features, input features).
+    A *unit* is what goes or stays as a whole. Scores are matrices by parameter name, (rows, columns) = (output features,
+    input features). Units are tensors by a key: the parameter's name, or the name of a group of parameters whose slices
+    go together (the heads of an attention block, the channels between two layers).
     """
 
     kind = "pattern"
+
+    def couple(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
+        """Learn from the model which slices of which parameters go together, before anything else is asked.
+
+        Returns:
+            what cannot be pruned so, a sentence each, with the layer's name. Default: nothing to learn.
+        """
+        return []
 
     @abstractmethod
     def check(self, shape: Sequence[int]) -> str | None:
@@ -100,7 +171,18 @@ class Pattern(ComponentBase):
 
     @abstractmethod
     def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The mask of each matrix (bool, shape of its scores, True = stays) from the bool mask of its units."""
+        """The mask of each matrix (bool, shape of its scores, True = stays) from the bool mask of its units.
+
+        A pattern that couples may add masks of other parameters that go along (biases, norms), of their shape.
+        """
+
+    def spread(self, values: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """For each weight the value of its unit; only patterns that cut matrices into disjoint groups can say.
+
+        Raises:
+            NotImplementedError: for patterns without such groups (N:M). The default.
+        """
+        raise NotImplementedError
 
     def share(self) -> float:
         """The part of a unit's weights that goes with it: 1 unless the pattern keeps some (N:M keeps n of m)."""
@@ -108,16 +190,24 @@ class Pattern(ComponentBase):
 
 
 class Allocation(ComponentBase):
-    """How is the budget shared between the layers?"""
+    """How is the budget shared between the layers?
+
+    Attributes:
+        reads_scores: whether the counts depend on the scores, or on shapes alone.
+    """
 
     kind = "allocation"
+    reads_scores: ClassVar[bool] = True
 
     @abstractmethod
-    def keep(self, units: Mapping[str, Tensor], sparsity: float) -> Mapping[str, int]:
+    def keep(
+        self, units: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], sparsity: float
+    ) -> Mapping[str, int]:
         """How many units of each matrix stay, so that the share ``sparsity`` of all units goes.
 
         Args:
-            units: the score of each unit, one tensor a matrix.
+            units: the score of each unit, one tensor a matrix or group.
+            shapes: under the same keys (outputs, inputs, kernel dimensions...) of a matrix, or the shape of the units.
             sparsity: in [0, 1], a share of the units; 1 only where a unit that goes leaves some weights (N:M).
         """
 
@@ -172,11 +262,17 @@ def check_moment(key: str, value: float) -> None:
 class Schedule(ComponentBase):
     """When does a stage act, and how much of its final sparsity holds by then?
 
-    A pure function of the optimizer step. ``Config`` is ``Window`` or ``Moment`` or a subclass of them.
+    A pure function of the optimizer step; an adaptive one also of what ``observe`` has told it, which it keeps in its
+    state. ``Config`` is ``Window`` or ``Moment`` or a subclass of them.
+
+    Attributes:
+        adaptive: whether it follows the metrics. The share may then fall again (what went last comes back, with its
+            values), and nothing forces the target at the end of the window.
     """
 
     kind = "schedule"
     Config: ClassVar[type] = Window
+    adaptive: ClassVar[bool] = False
 
     @abstractmethod
     def sparsity(self, progress: float) -> float:
@@ -192,6 +288,17 @@ class Schedule(ComponentBase):
         first, last = self.window(total_steps)
         return step == last or (first <= step < last and (step - first) % self.config.every == 0)
 
+    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 - only adaptive schedules listen
+        """See the metrics of an evaluation. Default: nothing to see.
+
+        Raises:
+            SessionError: if what it follows is not among them.
+        """
+
+    def rewind(self, total_steps: int) -> int | None:
+        """The step to whose weights the survivors return after each update but the last; None: they go on. Default."""
+        return None
+
     def at(self, step: int, total_steps: int) -> float:
         """The share of the final sparsity after ``step`` finished optimizer steps."""
         first, last = self.window(total_steps)
@@ -202,6 +309,41 @@ class Schedule(ComponentBase):
 
 def _step(moment: float, total_steps: int) -> int:
     return round(moment * total_steps) if isinstance(moment, float) else moment
+
+
+class Regularizer(ComponentBase):
+    """What pushes weights towards zero?
+
+    Both methods see the weights of the stage as matrices by name, and the stage's pattern, whose units are the groups
+    that shall vanish together: ``pattern.spread(pattern.units(x), x)`` is the mean of each weight's group.
+    """
+
+    kind = "regularizer"
+
+    def gradient(
+        self, weights: Mapping[str, Tensor], pattern: Pattern, strength: float
+    ) -> Mapping[str, Tensor] | None:
+        """What is added to the gradients before the step. Default: nothing.
+
+        Args:
+            weights: detached.
+            pattern: the groups.
+            strength: the share that the schedule gives by now, in [0, 1]; a factor of everything.
+        """
+        return None
+
+    def proximal(
+        self, weights: Mapping[str, Tensor], pattern: Pattern, step_sizes: Mapping[str, Tensor | float]
+    ) -> Mapping[str, Tensor] | None:
+        """The weights after a proximal step that follows the optimizer's own. Default: None, as they are.
+
+        Args:
+            weights: detached, after the optimizer step.
+            pattern: the groups.
+            step_sizes: by how much each weight moves for a unit of gradient, times the schedule's share: the learning
+                rate, or under Adam ``lr / (sqrt(v) + eps)``, a matrix (the diagonal metric).
+        """
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- quantization
@@ -344,5 +486,5 @@ class Backend(ComponentBase):
 
 KINDS: Mapping[str, type[ComponentBase]] = {
     contract.kind: contract
-    for contract in (Criterion, Pattern, Allocation, Schedule, Quantizer, Distiller, Codec, Backend)
+    for contract in (Criterion, Pattern, Allocation, Schedule, Regularizer, Quantizer, Distiller, Codec, Backend)
 }

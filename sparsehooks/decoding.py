@@ -54,6 +54,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise RecipeError(f"{path}: expected a list, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{path}: expected a table, got {value!r}")
+        return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     decoder = getattr(hint, "__decode__", None)
     if decoder is not None:
         return decoder(value, path)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,6 +136,21 @@ def _nonzero(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":  # numpy finds the few set bytes several times faster than torch
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().flatten()
+
+
+def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight`` where the mask is true and zero elsewhere, with the identity as its gradient (Bengio et al. 2013)."""
+    return _StraightThrough.apply(weight, mask)  # type: ignore[no-any-return]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight.masked_fill(~mask, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def check_finite(what: str, values: Tensor, advice: str) -> None:

@@ -199,8 +199,9 @@ def _emptied(planned: PlannedStage, stage: PruneStage, targets: list[Target]) ->
     try:
         with attributed(planned.components["pattern"].record):
             units = pattern.units(shapes)
+        sizes = {key: tuple(unit.shape) for key, unit in units.items()}
         with attributed(planned.components["allocation"].record):
-            names = [name for name, count in allocation.keep(units, stage.sparsity).items() if count == 0]
+            names = [name for name, count in allocation.keep(units, sizes, stage.sparsity).items() if count == 0]
     except (RuntimeError, TypeError):  # it reads the scores, and meta tensors have none
         return []
     where = f"{planned.path}.sparsity: at {stage.sparsity:g} nothing of"

@@ -93,7 +93,8 @@ class Masks:
         with attributed(stage.components["pattern"].record):
             units = pruner.pattern.units(scores)
         with attributed(stage.components["allocation"].record):
-            counts = pruner.allocation.keep(units, progress * pruner.sparsity / pruner.pattern.share())
+            shapes = {key: targets[key].shape if key in targets else unit.shape for key, unit in units.items()}
+            counts = pruner.allocation.keep(units, shapes, progress * pruner.sparsity / pruner.pattern.share())
         for name, count in counts.items():
             if count == 0 and pruner.pattern.share() == 1.0:  # N:M keeps some of every unit
                 raise SessionError(

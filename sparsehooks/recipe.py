@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from sparsehooks.decoding import decode
 from sparsehooks.errors import RecipeError, suggest
@@ -43,6 +43,45 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Grow:
+    """What grows back at each update: ``"gradient"`` or ``{ use = "gradient", fraction = 0.3, schedule = "cosine" }``.
+
+    Attributes:
+        use: the criterion by which it grows.
+        fraction: of the weights that stay, how many give way to others, in (0, 1).
+        schedule: how the fraction falls to 0 over the stage's window, or not at all (``"constant"``).
+    """
+
+    use: Use
+    fraction: float = 0.3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction < 1.0:
+            raise ValueError(f"'fraction' = {self.fraction} is outside (0, 1); 0.3 replaces three of ten weights")
+
+    @classmethod
+    def __decode__(cls, value: Any, path: str) -> Grow:
+        if isinstance(value, Grow):
+            return value
+        use = Use.__decode__(value, path)
+        own = {key: use.options[key] for key in ("fraction", "schedule") if key in use.options}
+        rest = {key: option for key, option in use.options.items() if key not in own}
+        return decode(cls, {"use": Use(use.use, rest), **own}, path)
+
+    def share(self, progress: float) -> float:
+        """The fraction at ``progress`` in [0, 1] of the window (RigL, Evci et al. 2020, arXiv:1911.11134, section 3)."""
+        if self.schedule == "constant":
+            return self.fraction
+        falls = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.fraction * falls
+
+    def to_plain(self) -> dict[str, Any]:
+        """The table that a recipe takes."""
+        return {"use": self.use.use, "fraction": self.fraction, "schedule": self.schedule, **self.use.options}
+
+
+@dataclass(frozen=True)
 class Stage:
     """What all stages have.
 
@@ -59,8 +98,9 @@ class Stage:
         hints = get_type_hints(type(self))
         for item in fields(self):
             value = getattr(self, item.name)
-            if hints[item.name] is Use:
-                object.__setattr__(self, item.name, Use.__decode__(value, item.name))
+            if hints[item.name] in (Use, Use | None, Grow | None) and value is not None:
+                decoder = Grow if hints[item.name] == Grow | None else Use
+                object.__setattr__(self, item.name, decoder.__decode__(value, item.name))
             elif hints[item.name] == tuple[str, ...]:
                 object.__setattr__(self, item.name, (value,) if isinstance(value, str) else tuple(value))
         if not self.targets:
@@ -76,9 +116,9 @@ class Stage:
         plain = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value == item.default and item.name != self.action:
+            if item.name != self.action and value in (item.default, {}):
                 continue
-            plain[item.name] = value.to_plain() if isinstance(value, Use) else value
+            plain[item.name] = value.to_plain() if isinstance(value, (Use, Grow)) else value
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
@@ -92,6 +132,10 @@ class PruneStage(Stage):
         pattern: the shape in which weights go.
         allocation: how the layers share the budget.
         schedule: when, and how much by then.
+        grow: what grows back in place of other weights at each update; nothing if it is left out.
+        solver: how the survivors are repaired, without training only.
+        overrides: for targets of their own sparsity: class names, globs or ``re:`` expressions as in ``targets``, the
+            first that matches counts. They leave the budget that the others share.
     """
 
     action = "prune"
@@ -100,9 +144,16 @@ class PruneStage(Stage):
     pattern: Use = Use("unstructured")
     allocation: Use = Use("uniform")
     schedule: Use = Use("oneshot")
+    grow: Grow | None = None
+    solver: Use | None = None
+    overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        for pattern, sparsity in self.overrides.items():
+            if not 0.0 <= sparsity < 1.0:
+                raise ValueError(f"'overrides' gives '{pattern}' the sparsity {sparsity}, which is outside [0, 1)")
         if isinstance(self.sparsity, str) or (self.sparsity is not None and not 0.0 <= self.sparsity < 1.0):
             raise ValueError(f"'sparsity' = {self.sparsity} is outside [0, 1); 0.8 keeps a fifth of the weights")
 
@@ -142,7 +193,65 @@ class DistillStage(Stage):
             raise ValueError(f"'weight' = {self.weight} is not a positive number")
 
 
-ACTIONS: Mapping[str, type[Stage]] = {stage.action: stage for stage in (PruneStage, QuantizeStage, DistillStage)}
+@dataclass(frozen=True)
+class RegularizeStage(Stage):
+    """Push weights towards zero while they train.
+
+    Attributes:
+        regularize: the penalty.
+        pattern: the groups that shall vanish together.
+        schedule: from when on, and at which share of its strength by then.
+    """
+
+    action = "regularize"
+    regularize: Use = Use("l1")
+    pattern: Use = Use("unstructured")
+    schedule: Use = Use("oneshot")
+
+
+@dataclass(frozen=True)
+class ActivationStage(Stage):
+    """Make activations sparse.
+
+    Attributes:
+        activation: how.
+        sparsity: the share of zeros to reach, in (0, 1), for those that have a threshold.
+        schedule: when, and how far by then.
+    """
+
+    action = "activation"
+    activation: Use = Use("relu")
+    sparsity: float | None = None
+    schedule: Use = Use("oneshot")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
+            raise ValueError(f"'sparsity' = {self.sparsity} is outside (0, 1); 0.5 makes half of the values zero")
+
+
+@dataclass(frozen=True)
+class ShrinkStage(Stage):
+    """Cut away what structured pruning has masked: the model itself becomes smaller, after everything else."""
+
+    action = "shrink"
+    shrink: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.shrink:
+            raise ValueError("'shrink' can only be true; leave the stage out")
+
+    @property
+    def component(self) -> Use:
+        """None of its own: the name for messages."""
+        return Use("model")
+
+
+ACTIONS: Mapping[str, type[Stage]] = {
+    stage.action: stage
+    for stage in (PruneStage, RegularizeStage, ActivationStage, ShrinkStage, QuantizeStage, DistillStage)
+}
 
 
 @dataclass(frozen=True)

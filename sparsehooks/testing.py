@@ -23,6 +23,7 @@ from sparsehooks.components import (
     Distiller,
     Pattern,
     Quantizer,
+    Regularizer,
     Schedule,
     Support,
 )
@@ -128,7 +129,7 @@ def _check_allocation(component: ComponentBase) -> None:
     before = {name: unit.clone() for name, unit in units.items()}
     total = sum(unit.numel() for unit in units.values())
     for sparsity in (0.0, 0.3, 0.5, 0.9):
-        counts = allocation.keep(units, sparsity)
+        counts = allocation.keep(units, {name: tuple(unit.shape) for name, unit in units.items()}, sparsity)
         assert counts.keys() == units.keys(), "keep() must answer for every matrix"
         for name, count in counts.items():
             assert type(count) is int, f"keep() must give whole numbers, got {count!r}"
@@ -150,6 +151,29 @@ def _check_schedule(component: ComponentBase) -> None:
         last = schedule.window(total)[1]
         assert schedule.due(last, total), f"the masks must change at the window's last step {last}"
         assert schedule.at(last, total) == 1, "the target must hold exactly at the window's last step"
+
+
+def _check_regularizer(component: ComponentBase) -> None:
+    from sparsehooks.builtin.patterns.tiles import Row
+
+    regularizer = cast(Regularizer, component)
+    weights = {"a": _normal(6, 8), "b": _normal(5, 4, seed=1)}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    gradients = regularizer.gradient(weights, Row(), 1.0)
+    moved = regularizer.proximal(weights, Row(), {"a": 0.01, "b": weights["b"].new_full((5, 4), 0.01)})
+    assert gradients is not None or moved is not None, "gradient() or proximal() must do something"
+    for what, answer in (("gradient()", gradients), ("proximal()", moved)):
+        if answer is None:
+            continue
+        assert answer.keys() == weights.keys(), f"{what} must answer for every weight"
+        for name, tensor in answer.items():
+            assert tensor.shape == weights[name].shape, f"{what} must have the weight's shape"
+            assert bool(tensor.isfinite().all()), f"{what} of finite weights must be finite"
+    if moved is not None:
+        assert all(bool((moved[n].norm() <= weights[n].norm())) for n in moved), "proximal() must not make weights larger"
+    nothing = regularizer.gradient(weights, Row(), 0.0)
+    assert nothing is None or not any(bool(tensor.any()) for tensor in nothing.values()), "strength 0 must do nothing"
+    assert _equal(weights, before), "gradient() and proximal() must leave the weights as they are"
 
 
 # ----------------------------------------------------------------------------------------------- quantization
@@ -409,6 +433,7 @@ _CHECKS = {
     "pattern": _check_pattern,
     "allocation": _check_allocation,
     "schedule": _check_schedule,
+    "regularizer": _check_regularizer,
     "quantizer": _check_quantizer,
     "distiller": _check_distiller,
     "codec": _check_codec,

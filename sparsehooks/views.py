@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,37 @@ if TYPE_CHECKING:
     from sparsehooks.session import Session
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightView:
     """One prunable weight, as a criterion sees it.
+
+    What a criterion asks for in ``needs`` is there, on the weight's device; the rest is None.
 
     Attributes:
         name: the parameter's name in the model.
         weight: the detached values as a matrix, shape (out_features, everything else), in the parameter's dtype.
         seed: a number fixed by the recipe's seed, the stage, the step and the name: equal on every rank.
+        gradient: the dense gradient of the loss, shape of the weight; averaged over accumulated batches and ranks.
+        momentum: the optimizer's running mean of the gradient, shape of the weight.
+        input_norm: for each column the root mean square over all tokens that the attention mask does not exclude,
+            float32, shape (columns,).
+        gram: ``X^T X / tokens`` of the layer's inputs, undamped, float32, shape (columns, columns).
+        influence: 1 - the mean cosine between input and output of the transformer block that holds the weight; 0 for
+            weights outside of one.
+        learned: what ``prepare`` made of this weight, as it is now.
+        training: whether the layer is in training mode.
     """
 
     name: str
     weight: Tensor
     seed: int
+    gradient: Tensor | None = None
+    momentum: Tensor | None = None
+    input_norm: Tensor | None = None
+    gram: Tensor | None = None
+    influence: float | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    training: bool = False
 
     def generator(self) -> torch.Generator:
         """A CPU random generator seeded with ``seed``."""
