@@ -6,6 +6,7 @@ makes the quantizer known to transformers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +33,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         recipe: the recipe that made it, as plain values.
         plugins: what plugins added, under their names.
         pruned: the parameters whose zeros are masks if the model is trained further.
+        shrunk: what ``shrinking.shrink`` returned: the sizes that do not follow from the rest of config.json.
 
     Raises:
         ArtifactError: if a newer release wrote it, or somebody damaged it.
@@ -45,6 +47,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         recipe: Mapping[str, Any] | None = None,
         plugins: Mapping[str, Mapping[str, str]] | None = None,
         pruned: Sequence[str] = (),
+        shrunk: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if str(version) != VERSION:
@@ -53,6 +56,8 @@ class SparseHooksConfig(QuantizationConfigMixin):
             )
         self.quant_method = cast(Any, METHOD)  # transformers compares it with the names it registered
         self.version = VERSION
+        from sparsehooks import shrinking
+
         tables = (recipe or {}, plugins or {}, *(plugins.values() if isinstance(plugins, Mapping) else ()))
         what = ""
         if unknown:
@@ -61,11 +66,21 @@ class SparseHooksConfig(QuantizationConfigMixin):
             what = "'recipe', 'plugins' and what each plugin added must be tables"
         elif not isinstance(pruned, (list, tuple)):
             what = "'pruned' must be a list of names"
+        else:
+            what = shrinking.check({} if shrunk is None else shrunk) or ""
         if what:
             raise ArtifactError(f"config.json: quantization_config is damaged: {what}; get the file again")
         self.recipe = dict(recipe or {})
         self.plugins = {name: dict(added) for name, added in (plugins or {}).items()}
         self.pruned = [str(name) for name in pruned]
+        self.shrunk = copy.deepcopy(dict(shrunk or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json, without what is not there."""
+        values = copy.deepcopy(self.__dict__)
+        if not values["shrunk"]:
+            del values["shrunk"]
+        return values
 
 
 class SparseHooksQuantizer(HfQuantizer):
@@ -83,7 +98,8 @@ class SparseHooksQuantizer(HfQuantizer):
     conversions: list[Any] | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Compare the checksums of plain tensors; those of blobs are compared where they are decoded."""
+        """Compare the checksums of plain tensors (those of blobs later, as they are decoded), and shrink the model."""
+        from sparsehooks import shrinking
         from sparsehooks.artifact.reading import check_files
 
         if getattr(model.config, "distributed_config", None) is not None:
@@ -92,6 +108,12 @@ class SparseHooksQuantizer(HfQuantizer):
                 "run 'sparsehooks decompress' and load the dense folder"
             )
         check_files(kwargs.get("checkpoint_files") or ())
+        try:
+            shrinking.resize(model, cast(SparseHooksConfig, self.quantization_config).shrunk)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{model.config.name_or_path!r}: config.json is damaged: {error}; get the file again"
+            ) from error
         return model
 
     def get_weight_conversions(self) -> list[Any]:

@@ -14,5 +14,8 @@ def register_components(registry: Registry) -> None:
         ("block", "tiles:Block", "rectangular blocks", None),
         ("row", "tiles:Row", "whole rows, one output neuron each", None),
         ("column", "tiles:Column", "whole columns, one input feature each", None),
+        ("head", "coupled:Head", "attention heads, or groups of heads that share keys", None),
+        ("channel", "coupled:Channel", "channels between two layers, rows and columns at once", None),
+        ("layer", "coupled:Layer", "whole blocks of a transformer", None),
     ):
         registry.add(Component("pattern", name, f"sparsehooks.builtin.patterns.{target}", summary, shorthand))
