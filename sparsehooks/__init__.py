@@ -45,7 +45,11 @@ if TYPE_CHECKING:
     from sparsehooks.loops.plain import attach as attach
     from sparsehooks.loops.posttrain import compress as compress
     from sparsehooks.loops.trainer import CompressionCallback as CompressionCallback, attach_trainer as attach_trainer
-    from sparsehooks.masks import MaskChange as MaskChange, straight_through as straight_through, top_counts as top_counts
+    from sparsehooks.masks import (
+        MaskChange as MaskChange,
+        straight_through as straight_through,
+        top_counts as top_counts,
+    )
     from sparsehooks.plan import Plan as Plan
     from sparsehooks.plugins import PluginManager as PluginManager
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
@@ -87,7 +91,8 @@ _HOME = {
     "plan": "Plan",
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",
-    "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use read_toml",
+    "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use "
+    "read_toml",
     "session": "Session",
     "targets": "Target",
     "views": "Batch Layout SessionView WeightView",

@@ -83,12 +83,12 @@ class ComponentBase(ABC):
 
 
 class Criterion(ComponentBase):
-    """Which weights matter? (Also: which of those that went are worth growing back?)
+    """Which weights matter, and which of those that went are worth growing back?
 
     Attributes:
-        acts: where the mask acts. ``"weight"``: masked weights are zero in the model, and stay zero. ``"forward"``: they
-            are masked on the way into the layer's computation (``effective``) and stay alive behind the mask, so that
-            each update chooses among all weights anew.
+        acts: where the mask acts. ``"weight"``: masked weights are zero in the model, and stay zero. ``"forward"``:
+            they are masked on the way into the layer's computation (``effective``) and stay alive behind the mask, so
+            that each update chooses among all weights anew.
         samples: on how many optimizer steps (or calibration batches) before each update ``collect`` is called.
     """
 
@@ -103,7 +103,7 @@ class Criterion(ComponentBase):
         Scores of one stage are compared with each other, within a layer or over all layers as the allocation says.
         """
 
-    def collect(self, view: WeightView) -> None:  # noqa: B027 - most criteria decide by what they see at once
+    def collect(self, view: WeightView) -> None:
         """See one gradient more: called ``samples`` times before each update. Default: nothing to collect."""
 
     def prepare(self, view: WeightView) -> dict[str, Tensor]:
@@ -146,9 +146,9 @@ class Criterion(ComponentBase):
 class Pattern(ComponentBase):
     """In which shape may weights go?
 
-    A *unit* is what goes or stays as a whole. Scores are matrices by parameter name, (rows, columns) = (output features,
-    input features). Units are tensors by a key: the parameter's name, or the name of a group of parameters whose slices
-    go together (the heads of an attention block, the channels between two layers).
+    A *unit* is what goes or stays as a whole. Scores are matrices by parameter name, (rows, columns) = (output
+    features, input features). Units are tensors by a key: the parameter's name, or the name of a group of parameters
+    whose slices go together (the heads of an attention block, the channels between two layers).
     """
 
     kind = "pattern"
@@ -288,7 +288,7 @@ class Schedule(ComponentBase):
         first, last = self.window(total_steps)
         return step == last or (first <= step < last and (step - first) % self.config.every == 0)
 
-    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 - only adaptive schedules listen
+    def observe(self, metrics: Mapping[str, float]) -> None:
         """See the metrics of an evaluation. Default: nothing to see.
 
         Raises:
@@ -320,9 +320,7 @@ class Regularizer(ComponentBase):
 
     kind = "regularizer"
 
-    def gradient(
-        self, weights: Mapping[str, Tensor], pattern: Pattern, strength: float
-    ) -> Mapping[str, Tensor] | None:
+    def gradient(self, weights: Mapping[str, Tensor], pattern: Pattern, strength: float) -> Mapping[str, Tensor] | None:
         """What is added to the gradients before the step. Default: nothing.
 
         Args:

@@ -55,9 +55,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise RecipeError(f"{path}: expected a list, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{path}: expected a table, got {value!r}")
-        return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+        return _convert_table(args[1], value, path)
     decoder = getattr(hint, "__decode__", None)
     if decoder is not None:
         return decoder(value, path)
@@ -66,6 +64,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is Any or type(value) is hint:
         return value
     raise RecipeError(f"{path}: expected {_words(hint)}, got {value!r}")
+
+
+def _convert_table(hint: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{path}: expected a table, got {value!r}")
+    return {str(key): _convert(hint, item, f"{path}.{key}") for key, item in value.items()}
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.components import Distiller, Need
-from sparsehooks.distributed import average, once, seed_of
+from sparsehooks.components import LEARNING_RATE, Distiller, Need
+from sparsehooks.distributed import once, seed_of
 from sparsehooks.errors import SessionError
+from sparsehooks.learned import Learned
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage
 from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, weights_digest, write_start
@@ -20,10 +21,6 @@ from sparsehooks.views import Batch
 if TYPE_CHECKING:
     from sparsehooks.plan import PlannedStage
 
-LEARNING_RATE = 1e-3
-"""Of the AdamW that trains what distillers learn beside the student; kept out of the user's optimizer, whose
-groups the learning-rate scheduler and a resumed run count."""
-
 
 class Distillation:
     """The distill stages of a run.
@@ -31,6 +28,7 @@ class Distillation:
     Args:
         stages: the planned stages and their distillers.
         model: the student.
+        learned: where what the distillers learn lives.
         seed: the recipe's.
         folder: where the start of the run is kept for resuming; None keeps it in memory only.
         start: the fingerprint of that start, for a resumed run.
@@ -40,6 +38,7 @@ class Distillation:
         self,
         stages: Mapping[int, tuple[PlannedStage, Distiller]],
         model: nn.Module,
+        learned: Learned,
         seed: int,
         folder: Path | None,
         start: str | None,
@@ -49,7 +48,7 @@ class Distillation:
         self._shifts = _shifts_labels(model)
         self.start = start
         self._teachers: dict[str, Teacher] = {}
-        self._learned: dict[int, dict[str, Tensor]] = {}
+        self._learned = learned
         self._unused = False
         self.needs_hidden_states = any(Need.HIDDEN_STATES in distiller.needs for _, distiller in stages.values())
         device = next(model.parameters()).device
@@ -61,9 +60,7 @@ class Distillation:
             generator = torch.Generator().manual_seed(seed_of(seed, index, "learned"))
             with attributed(planned.components["distill"].record):
                 made = distiller.prepare(model, self._teachers[name].model, generator)
-            self._learned[index] = {key: tensor.to(device).requires_grad_() for key, tensor in made.items()}
-        learned = self._tensors()
-        self._optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.0) if learned else None
+            learned.add(f"{index}.distill", made, device, LEARNING_RATE)
 
     def terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """The sum of all loss terms of one micro-batch; see ``Session.loss_terms``."""
@@ -77,7 +74,7 @@ class Distillation:
             if name not in answers:
                 answers[name] = self._teachers[name](inputs, hidden_states=self.needs_hidden_states)
             with attributed(planned.components["distill"].record):
-                values = distiller.loss(outputs, answers[name], batch, self._learned[index])
+                values = distiller.loss(outputs, answers[name], batch, self._learned.of(f"{index}.distill"))
                 if values.dim() != 1:
                     raise SessionError(
                         f"{planned.label}: loss() must return one value an item, shape (items,), "
@@ -93,37 +90,17 @@ class Distillation:
             total.register_hook(self._mark_used)
         return total
 
-    def before_step(self, scale: float) -> None:
-        """Check that the terms reached the gradient; average and unscale the gradients of what is learned."""
+    def before_step(self) -> None:
+        """Check that the terms reached the gradient."""
         if self._unused:
             raise SessionError(
                 "the distillation loss was computed but not trained on: the loop computes its own loss (label "
                 "smoothing, compute_loss_func); use sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
             )
-        for tensor in self._tensors():
-            if tensor.grad is not None:
-                average(tensor.grad)
-                tensor.grad /= scale
-
-    def after_step(self, *, skipped: bool) -> None:
-        """Train what is learned beside the student, unless the step was skipped or overflowed."""
-        if self._optimizer is None:
-            return
-        gradients = [tensor.grad for tensor in self._tensors() if tensor.grad is not None]
-        if not skipped and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            self._optimizer.step()
-        self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """The fingerprint of the start, what is learned, and its optimizer."""
-        return {
-            "start": self.start,
-            "learned": {
-                index: {name: tensor.detach() for name, tensor in tensors.items()}
-                for index, tensors in self._learned.items()
-            },
-            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
-        }
+        """The fingerprint of the start."""
+        return {"start": self.start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave.
@@ -136,11 +113,6 @@ class Distillation:
                 "the state that was loaded belongs to a run with another start, so its teacher is not here; load the "
                 "optimizer before sparsehooks.attach, with the folder of that run"
             )
-        for index, tensors in self._learned.items():
-            for name, tensor in tensors.items():
-                tensor.data.copy_(state["learned"][index][name])
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
 
     def _open(self, name: str, folder: Path | None) -> nn.Module:
         if name != "self":
@@ -158,9 +130,6 @@ class Distillation:
         else:
             self.start = once(lambda: write_start(self._model, folder))
         return frozen_copy(self._model)
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for tensors in self._learned.values() for tensor in tensors.values()]
 
     def _mark_used(self, gradient: Tensor) -> None:
         self._unused = False

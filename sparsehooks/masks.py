@@ -140,16 +140,16 @@ def _nonzero(mask: Tensor) -> Tensor:
 
 def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight`` where the mask is true and zero elsewhere, with the identity as its gradient (Bengio et al. 2013)."""
-    return _StraightThrough.apply(weight, mask)  # type: ignore[no-any-return]
+    return _StraightThrough.apply(weight, mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(_: Any, weight: Tensor, mask: Tensor) -> Tensor:
         return weight.masked_fill(~mask, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparsehooks.components import Allocation, ComponentBase, Pattern, Schedule
+from sparsehooks.components import Allocation, ComponentBase, Criterion, Need, Pattern, Schedule
 from sparsehooks.decoding import decode
 from sparsehooks.discovery import require
 from sparsehooks.errors import PlanError, PluginError, RecipeError
 from sparsehooks.plugins import PluginManager, attributed
-from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Stage, Use
-from sparsehooks.targets import Target, find
+from sparsehooks.recipe import (
+    ActivationStage,
+    DistillStage,
+    Grow,
+    PruneStage,
+    QuantizeStage,
+    Recipe,
+    RegularizeStage,
+    ShrinkStage,
+    Stage,
+    Use,
+)
+from sparsehooks.targets import Target, find, first_match
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +56,7 @@ class PlannedStage:
         components: what its keys chose, by key (``"prune"``, ``"pattern"``, ``"schedule"``, ...).
         targets: the weights it acts on; empty for distillation and without a model.
         notes: what was left out, and why.
+        overrides: the sparsity of the weights that have one of their own.
     """
 
     index: int
@@ -52,6 +64,7 @@ class PlannedStage:
     components: Mapping[str, Bound]
     targets: tuple[Target, ...] = ()
     notes: tuple[str, ...] = ()
+    overrides: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -96,6 +109,8 @@ class Plan:
         for index, stage in enumerate(recipe.stages):
             planned = _bind(index, stage, manager, problems)
             stages.append(planned if model is None else _fit(planned, model, problems))
+            if total_steps:
+                problems += _untrainable(planned)
         plan = cls(recipe, tuple(stages), total_steps)
         problems += _overlaps(plan)
         problems += _moments(plan)
@@ -107,11 +122,25 @@ class Plan:
 
 
 KEYS = {
-    PruneStage: {"prune": "criterion", "pattern": "pattern", "allocation": "allocation", "schedule": "schedule"},
+    PruneStage: {
+        "prune": "criterion",
+        "pattern": "pattern",
+        "allocation": "allocation",
+        "schedule": "schedule",
+        "grow": "criterion",
+        "solver": "solver",
+    },
+    RegularizeStage: {"regularize": "regularizer", "pattern": "pattern", "schedule": "schedule"},
+    ActivationStage: {"activation": "activation", "schedule": "schedule"},
+    ShrinkStage: {},
     QuantizeStage: {"quantize": "quantizer", "schedule": "schedule"},
     DistillStage: {"distill": "distiller"},
 }
 """For each kind of stage: which of its keys name a component, and of which kind."""
+
+
+NEEDS_CALIBRATION = frozenset({Need.INPUT_NORM, Need.GRAM, Need.INFLUENCE})
+"""What only calibration batches give."""
 
 
 @contextmanager
@@ -127,7 +156,10 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
     components = {}
     for key, kind in KEYS[type(stage)].items():
         path = f"recipe.stage[{index}].{key}"
-        use = cast(Use, getattr(stage, key))
+        use = getattr(stage, key)
+        if use is None:
+            continue
+        use = use.use if isinstance(use, Grow) else cast(Use, use)
         with _collecting(problems, path):
             record, options = manager.catalog.resolve(kind, use.use)
             component = record.load()
@@ -146,6 +178,15 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
                 f"{planned.path}: the pattern '{stage.pattern.use}' fixes the sparsity at {fixed:g}, "
                 f"not {stage.sparsity:g}; leave 'sparsity' out"
             )
+    if isinstance(stage, PruneStage) and stage.grow is not None and not problems:
+        criterion, schedule = cast(Criterion, components["prune"].cls), cast(Schedule, components["schedule"].cls)
+        if _pattern(planned).share() < 1.0:
+            problems.append(
+                f"{planned.path}.grow: the pattern '{stage.pattern.use}' fixes what stays; leave 'grow' out"
+            )
+        elif criterion.acts == "forward" or schedule.adaptive:
+            other = stage.prune.use if criterion.acts == "forward" else stage.schedule.use
+            problems.append(f"{planned.path}.grow: '{other}' brings weights back by itself; leave 'grow' out")
     return planned
 
 
@@ -159,22 +200,52 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
     notes: list[str] = []
     with _collecting(problems, f"{planned.path}.targets"):
         targets, notes = find(model, stage.targets, stage.exclude)
-    if isinstance(stage, PruneStage) and "pattern" in planned.components:
-        misfits = _misfits(planned, stage, targets)
-        problems += misfits or _emptied(planned, stage, targets)
-    if isinstance(stage, QuantizeStage):
+    overrides: dict[str, float] = {}
+    if isinstance(stage, (PruneStage, RegularizeStage)) and "pattern" in planned.components:
+        pattern = _pattern(planned)
+        with attributed(planned.components["pattern"].record):
+            misfits = [f"{planned.path}.pattern: {problem}" for problem in pattern.couple(model, targets)]
+        if isinstance(stage, PruneStage):
+            for target in targets:
+                match = first_match(model, target, stage.overrides)
+                if match is not None:
+                    overrides[target.parameter] = stage.overrides[match]
+            idle = [name for name in stage.overrides if not any(first_match(model, t, [name]) for t in targets)]
+            misfits += [f"{planned.path}.overrides: '{name}' matches no target" for name in idle]
+        misfits += _misfits(planned, pattern, stage, targets)
+        problems += misfits
+        if not misfits and isinstance(stage, PruneStage):
+            problems += _emptied(planned, pattern, stage, targets, overrides)
+    if isinstance(stage, QuantizeStage) or (
+        "prune" in planned.components and cast(Criterion, planned.components["prune"].cls).acts == "forward"
+    ):
         from sparsehooks.swapping import unsupported
 
         problems += [f"{planned.path}: {problem}" for problem in unsupported(model, targets)]
-    return PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes))
+    return PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes), overrides)
+
+
+def _untrainable(planned: PlannedStage) -> list[str]:
+    """What a stage asks for that a training loop does not have."""
+    stage = planned.stage
+    if not isinstance(stage, PruneStage):
+        return []
+    if stage.solver is not None:
+        return [f"{planned.path}.solver: '{stage.solver.use}' repairs without training; use sparsehooks.compress"]
+    return [
+        f"{planned.path}.{key}: '{use.use}' needs calibration batches; use sparsehooks.compress"
+        for key, use in (("prune", stage.prune), ("grow", stage.grow.use if stage.grow else None))
+        if use is not None and key in planned.components and planned.components[key].cls.needs & NEEDS_CALIBRATION
+    ]
 
 
 def _pattern(planned: PlannedStage) -> Pattern:
     return cast(Pattern, planned.components["pattern"].create())
 
 
-def _misfits(planned: PlannedStage, stage: PruneStage, targets: list[Target]) -> list[str]:
-    pattern = _pattern(planned)
+def _misfits(
+    planned: PlannedStage, pattern: Pattern, stage: PruneStage | RegularizeStage, targets: list[Target]
+) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for target in targets:
         with attributed(planned.components["pattern"].record):
@@ -187,15 +258,16 @@ def _misfits(planned: PlannedStage, stage: PruneStage, targets: list[Target]) ->
     ]
 
 
-def _emptied(planned: PlannedStage, stage: PruneStage, targets: list[Target]) -> list[str]:
+def _emptied(
+    planned: PlannedStage, pattern: Pattern, stage: PruneStage, targets: list[Target], overrides: Mapping[str, float]
+) -> list[str]:
     """The layers of which nothing would be left, where the shapes alone tell; an update sees the others."""
-    pattern = _pattern(planned)
     if not stage.sparsity or pattern.share() < 1.0 or "allocation" not in planned.components:
         return []
     import torch
 
     allocation = cast(Allocation, planned.components["allocation"].create())
-    shapes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in targets}
+    shapes = {t.parameter: torch.empty(t.matrix_shape, device="meta") for t in targets if t.parameter not in overrides}
     try:
         with attributed(planned.components["pattern"].record):
             units = pattern.units(shapes)
@@ -216,7 +288,7 @@ def _overlaps(plan: Plan) -> list[str]:
     claimed: dict[tuple[str, str], PlannedStage] = {}
     clashes: dict[tuple[int, int, str], list[str]] = {}
     for planned in plan.stages:
-        for target in planned.targets:
+        for target in () if isinstance(planned.stage, (RegularizeStage, ShrinkStage)) else planned.targets:
             key = planned.stage.action, target.parameter
             first = claimed.setdefault(key, planned)
             if first is not planned:

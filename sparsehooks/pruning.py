@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import masks
-from sparsehooks.components import Allocation, Criterion, Pattern
+from sparsehooks.components import Allocation, Criterion, Need, Pattern, Schedule
 from sparsehooks.distributed import agree, seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import MaskChange
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from sparsehooks.plan import PlannedStage
     from sparsehooks.targets import Target
 
+Evidence = Callable[["Target"], Mapping[str, Any]]
+"""What a criterion may ask for of a target, as fields of its ``WeightView``."""
+NEEDS_STEP = frozenset({Need.GRADIENT, Need.MOMENTUM})
+"""What is there between the backward pass and the optimizer's step."""
+
+
+def no_evidence(_: Target) -> Mapping[str, Any]:
+    """Nothing but the weight itself."""
+    return {}
+
 
 @dataclass(frozen=True)
 class Pruner:
@@ -31,31 +41,62 @@ class Pruner:
     criterion: Criterion
     pattern: Pattern
     allocation: Allocation
+    schedule: Schedule
+    grow: Criterion | None = None
 
     @classmethod
     def of(cls, stage: PlannedStage, objects: Mapping[str, Any]) -> Pruner:
         """From the objects of a stage, by key."""
-        return cls(stage, objects["prune"], objects["pattern"], objects["allocation"])
+        return cls(
+            stage,
+            objects["prune"],
+            objects["pattern"],
+            objects["allocation"],
+            objects["schedule"],
+            objects.get("grow"),
+        )
+
+    @property
+    def recipe(self) -> PruneStage:
+        """The stage as the recipe has it."""
+        return cast(PruneStage, self.stage.stage)
 
     @property
     def sparsity(self) -> float:
         """The final sparsity: the recipe's, or what the pattern fixes."""
-        given = cast(PruneStage, self.stage.stage).sparsity
-        return self.pattern.share() if given is None else given
+        return self.pattern.share() if self.recipe.sparsity is None else self.recipe.sparsity
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its criteria ask for."""
+        return self.criterion.needs | (self.grow.needs if self.grow is not None else frozenset())
+
+    @property
+    def revives(self) -> bool:
+        """Whether an update may choose weights that went before."""
+        return self.criterion.acts == "forward" or self.grow is not None
 
 
 class Masks:
     """The masks of a run: plain bool tensors by parameter name, True where a weight stays.
 
     Never buffers or parametrizations: both change the keys of the state dict.
+
+    Attributes:
+        masks: the mask of each parameter.
+        alive: of these, the ones that act in the forward: their weights stay alive behind the mask.
+        on_grown: called with the name of a weight and where it has grown.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], seed: int) -> None:
         self._weights = weights
         self._seed = seed
         self.masks: dict[str, Tensor] = {}
+        self.alive: set[str] = set()
+        self.on_grown: Callable[[str, Tensor], None] | None = None
         self._kept: dict[str, int] = {}
         self._packed: dict[str, Tensor] = {}
+        self._undo: dict[str, dict[str, Tensor]] = {}
 
     @property
     def sparsity(self) -> float:
@@ -66,7 +107,8 @@ class Masks:
     @torch.no_grad()
     def apply(self) -> None:
         """Zero what the masks exclude, in place."""
-        masks.apply([self._weights[name] for name in self.masks], list(self.masks.values()))
+        names = [name for name in self.masks if name not in self.alive]
+        masks.apply([self._weights[name] for name in names], [self.masks[name] for name in names])
 
     @torch.no_grad()
     def clear_signs(self) -> None:
@@ -75,37 +117,83 @@ class Masks:
             self._weights[name].add_(0.0)
 
     @torch.no_grad()
-    def update(self, pruner: Pruner, step: int, progress: float) -> Mapping[str, MaskChange]:
-        """Choose the masks of a stage anew on the weights as they are; what went stays gone.
+    def update(
+        self,
+        pruner: Pruner,
+        step: int,
+        progress: float,
+        evidence: Evidence = no_evidence,
+        targets: Iterable[Target] | None = None,
+        counts: Mapping[str, int] | None = None,
+        growth: float = 0.0,
+    ) -> Mapping[str, MaskChange]:
+        """Choose the masks of a stage anew on the weights as they are.
+
+        What went stays gone, unless something grows or the mask acts in the forward.
 
         Args:
             pruner: the stage.
             step: finished optimizer steps.
             progress: the share of the final sparsity that is due.
+            evidence: what the criteria need.
+            targets: a part of the stage's targets, one after the other; all if it is left out.
+            counts: how many units stay, where that was decided before (``Masks.counts``).
+            growth: the part of the weights that stay which gives way to others.
 
         Raises:
             SessionError: scores of the wrong shape or not finite, a layer that would be emptied, ranks that differ.
         """
         self.apply()  # the optimizer has just moved masked weights; a criterion shall see them as they count
-        stage = pruner.stage
-        targets = {target.parameter: target for target in stage.targets}
-        scores = {name: self._score(pruner, target, step) for name, target in targets.items()}
-        with attributed(stage.components["pattern"].record):
-            units = pruner.pattern.units(scores)
-        with attributed(stage.components["allocation"].record):
-            shapes = {key: targets[key].shape if key in targets else unit.shape for key, unit in units.items()}
-            counts = pruner.allocation.keep(units, shapes, progress * pruner.sparsity / pruner.pattern.share())
-        for name, count in counts.items():
-            if count == 0 and pruner.pattern.share() == 1.0:  # N:M keeps some of every unit
-                raise SessionError(
-                    f"{stage.label}: nothing of '{name}' would be left at step {step}; lower 'sparsity', exclude the "
-                    'layer, or use allocation = "uniform"'
-                )
-        with attributed(stage.components["pattern"].record):
-            chosen = pruner.pattern.expand(masks.select(units, counts), scores)
-        changes = {name: self._replace(target, chosen[name]) for name, target in targets.items()}
-        agree(lambda: masks.digest(self._packed), f"{stage.label}: the ranks chose different masks at step {step}")
+        chosen_targets = {t.parameter: t for t in (pruner.stage.targets if targets is None else targets)}
+        scores = {
+            name: self._score(pruner, pruner.criterion, "prune", target, step, evidence)
+            for name, target in chosen_targets.items()
+        }
+        if pruner.criterion.acts == "weight":  # what is masked cannot stay, it can only grow
+            scores = {name: self._without_masked(target, scores[name]) for name, target in chosen_targets.items()}
+        units = self._units(pruner, scores)
+        if counts is None:
+            counts = self._counts(pruner, units, progress, step)
+        if growth and all(name in self.masks for name in chosen_targets):
+            grown = {key: int(growth * count) for key, count in counts.items()}
+            keep = masks.select(units, {key: counts[key] - grown[key] for key in counts})
+            keep = self._grow(pruner, chosen_targets, keep, grown, step, evidence)
+        else:
+            keep = masks.select(units, counts)
+        with attributed(pruner.stage.components["pattern"].record):
+            chosen = pruner.pattern.expand(keep, scores)
+        undo: dict[str, dict[str, Tensor]] | None = {} if pruner.schedule.adaptive else None
+        changes = {}
+        for name, mask in chosen.items():
+            shaped = chosen_targets[name].restore(mask) if name in chosen_targets else mask
+            changes[name] = self._replace(name, shaped, undo, revives=pruner.revives)
+        if undo is not None:
+            self._undo = undo
+        label = pruner.stage.label
+        agree(lambda: masks.digest(self._packed), f"{label}: the ranks chose different masks at step {step}")
         self.apply()
+        return changes
+
+    def counts(self, pruner: Pruner, step: int, progress: float, evidence: Evidence = no_evidence) -> Mapping[str, int]:
+        """How many units of each matrix would stay, by the scores of all targets together; changes nothing."""
+        with torch.no_grad():
+            scores = {}
+            for target in pruner.stage.targets:
+                score = self._score(pruner, pruner.criterion, "prune", target, step, evidence)
+                scores[target.parameter] = self._without_masked(target, score)
+            return self._counts(pruner, self._units(pruner, scores), progress, step)
+
+    @torch.no_grad()
+    def step_back(self) -> Mapping[str, MaskChange]:
+        """Undo the last update of an adaptive stage: the masks before it, and the values that it took."""
+        changes = {}
+        for name, kept in self._undo.items():
+            weight = self._weights[name]
+            mask = masks.unpack(kept["mask"], weight.shape, weight.device)
+            back = mask & ~self.masks[name]
+            weight[back] = kept["values"].to(weight)
+            changes[name] = MaskChange(0, int(back.sum()), self._set(name, mask), mask.numel())
+        self._undo = {}
         return changes
 
     def from_zeros(self, names: Iterable[str]) -> None:
@@ -127,14 +215,81 @@ class Masks:
             mask = masks.unpack(bits, weight.shape, weight.device)
             self.masks[name], self._packed[name], self._kept[name] = mask, bits, int(torch.count_nonzero(mask))
 
-    def _score(self, pruner: Pruner, target: Target, step: int) -> Tensor:
+    def undo_state(self) -> dict[str, dict[str, Tensor]]:
+        """What ``step_back`` needs, for a checkpoint."""
+        return {name: dict(kept) for name, kept in self._undo.items()}
+
+    def load_undo_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what ``undo_state`` gave."""
+        self._undo = {name: dict(kept) for name, kept in state.items()}
+
+    def view(self, pruner: Pruner, key: str, target: Target, step: int, evidence: Evidence) -> WeightView:
+        """What a criterion of the stage sees of a target."""
+        weight = target.matrix(self._weights[target.parameter].detach())
+        seed = seed_of(self._seed, pruner.stage.index, step, target.parameter, *(() if key == "prune" else (key,)))
+        return WeightView(target.parameter, weight, seed, **evidence(target))
+
+    def _units(self, pruner: Pruner, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with attributed(pruner.stage.components["pattern"].record):
+            return pruner.pattern.units(scores)
+
+    def _counts(self, pruner: Pruner, units: Mapping[str, Tensor], progress: float, step: int) -> Mapping[str, int]:
+        stage, share = pruner.stage, pruner.pattern.share()
+        shapes = {target.parameter: target.shape for target in stage.targets}
+        counts: dict[str, int] = {}
+        own = {key: stage.overrides[key] for key in units if key in stage.overrides}
+        for key, sparsity in own.items():
+            size = units[key].numel()
+            counts[key] = size - round(progress * sparsity / share * size)
+        rest = {key: unit for key, unit in units.items() if key not in own}
+        if rest:
+            with attributed(stage.components["allocation"].record):
+                counts |= pruner.allocation.keep(
+                    rest,
+                    {key: shapes.get(key, tuple(unit.shape)) for key, unit in rest.items()},
+                    progress * pruner.sparsity / share,
+                )
+        for name, count in counts.items():
+            if count == 0 and share == 1.0:  # N:M keeps some of every unit
+                raise SessionError(
+                    f"{stage.label}: nothing of '{name}' would be left at step {step}; lower 'sparsity', exclude the "
+                    'layer, or use allocation = "uniform"'
+                )
+        return {key: counts[key] for key in units}
+
+    def _grow(
+        self,
+        pruner: Pruner,
+        targets: Mapping[str, Target],
+        keep: Mapping[str, Tensor],
+        grown: Mapping[str, int],
+        step: int,
+        evidence: Evidence,
+    ) -> dict[str, Tensor]:
+        """What stays, and the best of all other units (Evci et al. 2020, arXiv:1911.11134, algorithm 1).
+
+        What has just been dropped may come back, and keeps its value then. With an allocation that compares the layers
+        by their scores, what grows is shared by its scores too (Dettmers and Zettlemoyer 2019, arXiv:1907.04840).
+        """
+        assert pruner.grow is not None
+        scores = {n: self._score(pruner, pruner.grow, "grow", t, step, evidence) for n, t in targets.items()}
+        units = self._units(pruner, scores)
+        free = {key: unit.masked_fill(keep[key], float("-inf")) for key, unit in units.items()}
+        if pruner.allocation.reads_scores:
+            grown = masks.top_counts(free, sum(grown.values()))
+        new = masks.select(free, grown)
+        return {key: keep[key] | new[key] for key in keep}
+
+    def _score(
+        self, pruner: Pruner, criterion: Criterion, key: str, target: Target, step: int, evidence: Evidence
+    ) -> Tensor:
         stage, name = pruner.stage, target.parameter
-        weight = target.matrix(self._weights[name].detach())
+        view = self.view(pruner, key, target, step, evidence)
+        weight = view.weight
         masks.check_finite(f"weights of '{name}'", weight, "the training has diverged, lower the learning rate")
         version = weight._version
-        view = WeightView(name, weight, seed_of(self._seed, stage.index, step, name))
-        with attributed(stage.components["prune"].record):
-            score = pruner.criterion.score(view)
+        with attributed(stage.components[key].record):
+            score = criterion.score(view)
             if not isinstance(score, Tensor):
                 raise SessionError(f"{stage.label}: score() of '{name}' returned {score!r} instead of a tensor")
             if score.shape != weight.shape or not score.is_floating_point():
@@ -145,17 +300,29 @@ class Masks:
             if weight._version != version:
                 raise SessionError(f"{stage.label}: score() wrote to the weights of '{name}'; it must work on a copy")
             masks.check_finite(f"scores of '{name}'", score, f"{stage.label} cannot choose by them")
-        old = self.masks.get(name)
+        return score
+
+    def _without_masked(self, target: Target, score: Tensor) -> Tensor:
+        old = self.masks.get(target.parameter)
         return score if old is None else score.masked_fill(~target.matrix(old), float("-inf"))
 
-    def _replace(self, target: Target, chosen: Tensor) -> MaskChange:
-        name = target.parameter
-        mask = target.restore(chosen).contiguous()
-        if name in self.masks:
-            mask &= self.masks[name]
-        before = self._kept.get(name, mask.numel())
+    def _replace(
+        self, name: str, mask: Tensor, undo: dict[str, dict[str, Tensor]] | None, *, revives: bool
+    ) -> MaskChange:
+        mask = mask.contiguous()
+        old = self.masks.get(name)
+        if old is not None and not revives:
+            mask = mask & old
+        if undo is not None:
+            before = torch.ones_like(mask) if old is None else old
+            undo[name] = {"mask": masks.pack(before), "values": self._weights[name][before & ~mask].clone()}
+        kept_before = self._kept.get(name, mask.numel())
+        back = None if old is None or not revives else mask & ~old
+        grown = 0 if back is None else int(torch.count_nonzero(back))
+        if back is not None and grown and self.on_grown is not None and name not in self.alive:
+            self.on_grown(name, back)
         kept = self._set(name, mask)
-        return MaskChange(before - kept, 0, kept, mask.numel())
+        return MaskChange(kept_before + grown - kept, grown, kept, mask.numel())
 
     def _set(self, name: str, mask: Tensor) -> int:
         kept = int(torch.count_nonzero(mask))

@@ -70,7 +70,7 @@ class Grow:
         return decode(cls, {"use": Use(use.use, rest), **own}, path)
 
     def share(self, progress: float) -> float:
-        """The fraction at ``progress`` in [0, 1] of the window (RigL, Evci et al. 2020, arXiv:1911.11134, section 3)."""
+        """The fraction at ``progress`` in [0, 1] of the window (Evci et al. 2020, arXiv:1911.11134, section 3)."""
         if self.schedule == "constant":
             return self.fraction
         falls = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
@@ -274,14 +274,17 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, plugins: Sequence[Any] | PluginManager = ()) -> Recipe:
-        """Read a recipe file: TOML, or whatever format a plugin reads.
+        """Read a recipe file (TOML, or whatever format a plugin reads), or one of the recipes that have a name.
 
         Raises:
             RecipeError: if the file is missing or is not a recipe.
         """
         path = Path(path)
+        if not path.exists() and str(path) in named_recipes():
+            path = named_recipes()[str(path)]
         if not path.is_file():
-            raise RecipeError(f"{path}: there is no such recipe file")
+            near = "" if path.suffix else suggest(str(path), named_recipes())
+            raise RecipeError(f"{path}: there is no such recipe file{near}")
         mapping = as_manager(plugins).load_recipe(path)
         if mapping is None:
             raise RecipeError(f"{path}: neither TOML (.toml) nor a format that a plugin reads")
@@ -337,6 +340,12 @@ class Recipe:
 class _Head:
     requires: tuple[str, ...] = ()
     seed: int = 0
+
+
+def named_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: methods that are combinations of components."""
+    folder = Path(__file__).parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def _stage(value: Any, path: str) -> Stage:

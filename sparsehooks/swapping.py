@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Conv1D
-
-from sparsehooks.components import Quantizer
 
 if TYPE_CHECKING:
     from sparsehooks.targets import Target
@@ -50,17 +48,27 @@ FORWARDS: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
 """How each supported layer computes with another weight than its own."""
 
 
-class EffectiveWeight:
-    """The mixin of a swapped layer: fake-quantizes its weight on the way into the layer's own computation."""
+Step = Literal["mask", "quantize"]
+"""What can happen to a weight on its way into a layer's computation, in this order."""
+Transform = Callable[[Tensor, bool], Tensor]
+"""A matrix, and whether its layer is in training mode, to the matrix that counts; differentiable."""
 
-    _sparsehooks_quantizer: Quantizer
+
+class EffectiveWeight:
+    """The mixin of a swapped layer: masks and fake-quantizes its weight on the way into the layer's own computation."""
+
+    _sparsehooks_transforms: dict[Step, Transform]
     _sparsehooks_target: Target
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward with the effective weight."""
         target = self._sparsehooks_target
         weight: Tensor = self.weight  # type: ignore[attr-defined]
-        weight = target.restore(self._sparsehooks_quantizer.fake_quantize(target.matrix(weight)))
+        matrix = target.matrix(weight)
+        for step in get_args(Step):
+            if step in self._sparsehooks_transforms:
+                matrix = self._sparsehooks_transforms[step](matrix, self.training)  # type: ignore[attr-defined]
+        weight = target.restore(matrix)
         base = _base(type(self))  # type: ignore[arg-type]
         assert base is not None
         return FORWARDS[base](self, input, weight)
@@ -80,7 +88,7 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
                 )
             elif base is None:
                 known = ", ".join(known.__name__ for known in FORWARDS)
-                problems.append(f"'{name}' is a {cls.__name__}, only {known} can be quantized; exclude it")
+                problems.append(f"'{name}' is a {cls.__name__}, only weights of {known} can be replaced; exclude it")
             elif "forward" in vars(model.get_submodule(name)):
                 problems.append(f"'{name}' has a forward of its own on the instance (offloading does this); exclude it")
             elif cls.forward is not base.forward:
@@ -90,13 +98,15 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
     return problems
 
 
-def swap(model: nn.Module, target: Target, quantizer: Quantizer) -> None:
-    """Let the target's modules compute with their fake-quantized weight."""
+def swap(model: nn.Module, target: Target, step: Step, transform: Transform) -> None:
+    """Let the target's modules compute with the weight that the transform makes of theirs."""
     for name in target.modules:
         module: Any = model.get_submodule(name)
-        module.__class__ = _swapped(type(module))  # type: ignore[arg-type]
-        module._sparsehooks_quantizer = quantizer
-        module._sparsehooks_target = target
+        if not isinstance(module, EffectiveWeight):
+            module.__class__ = _swapped(type(module))  # type: ignore[arg-type]
+            module._sparsehooks_transforms = {}
+            module._sparsehooks_target = target
+        module._sparsehooks_transforms[step] = transform
 
 
 def unswap(model: nn.Module, target: Target) -> None:
@@ -105,12 +115,12 @@ def unswap(model: nn.Module, target: Target) -> None:
         module: Any = model.get_submodule(name)
         if isinstance(module, EffectiveWeight):
             module.__class__ = type(module).__mro__[2]
-            del module._sparsehooks_quantizer, module._sparsehooks_target
+            del module._sparsehooks_transforms, module._sparsehooks_target
 
 
 @functools.cache
 def _swapped(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"FakeQuantized{cls.__name__}", (EffectiveWeight, cls), {})
+    return type(f"Effective{cls.__name__}", (EffectiveWeight, cls), {})
 
 
 def _base(cls: type[nn.Module]) -> type[nn.Module] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,9 +38,9 @@ class Target:
         """A tensor of the parameter's shape as a matrix (outputs, everything else); a view where possible."""
         return tensor.t() if self.transposed else tensor.flatten(1)
 
-    def restore(self, matrix: Tensor) -> Tensor:
-        """The inverse of ``matrix``; a view where possible."""
-        return matrix.t() if self.transposed else matrix.reshape(self.shape)
+    def restore(self, matrix: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The inverse of ``matrix``; a view where possible. The shape is given where the parameter has shrunk."""
+        return matrix.t() if self.transposed else matrix.reshape(self.shape if shape is None else tuple(shape))
 
     @property
     def size(self) -> int:
@@ -92,6 +92,12 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
         raise RecipeError(f"no weight is left{why}; the model has weights in {', '.join(classes)}")
     idle = [pattern for pattern in exclude if not _matching(modules, [pattern])]
     return targets, notes + [f"'exclude' names '{pattern}', which matches no module" for pattern in idle]
+
+
+def first_match(model: nn.Module, target: Target, patterns: Iterable[str]) -> str | None:
+    """The first of the patterns (as ``find`` reads them) that matches a module of the target."""
+    modules = {name: model.get_submodule(name) for name in target.modules}
+    return next((pattern for pattern in patterns if _matching(modules, [pattern])), None)
 
 
 def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], weighted: set[str] | None = None) -> set[str]:

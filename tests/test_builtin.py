@@ -230,7 +230,7 @@ SPARSITIES = [0.0, 0.1, 1 / 3, 0.5, 2 / 3, 0.8, 0.95, 1.0]
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_uniform_takes_the_same_share_of_every_layer(sparsity):
     units = {"a": randn(6, 8), "b": randn(41), "c": randn(1)}
-    assert Uniform().keep(units, sparsity) == {
+    assert Uniform().keep(units, {}, sparsity) == {
         "a": 48 - round(48 * sparsity),
         "b": 41 - round(41 * sparsity),
         "c": 1 - round(sparsity),
@@ -240,7 +240,7 @@ def test_uniform_takes_the_same_share_of_every_layer(sparsity):
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_global_takes_its_share_of_all_layers_together_wherever_it_is_smallest(sparsity):
     units = {"small": 0.1 * randn(6, 8).abs(), "large": 10 + randn(40, seed=1).abs(), "tied": torch.full((12,), 5.0)}
-    counts = Global().keep(units, sparsity)
+    counts = Global().keep(units, {}, sparsity)
     goes = round(100 * sparsity)
     small, tied = min(goes, 48), min(max(goes - 48, 0), 12)
     assert counts == {"small": 48 - small, "tied": 12 - tied, "large": 40 - (goes - small - tied)}
@@ -636,7 +636,7 @@ def test_a_layer_computes_with_its_quantized_weight_and_is_put_back(kind):
     (target,) = find(model, ["layer"], [])[0]
     with torch.no_grad():
         twin.weight.copy_(target.restore(Int8().fake_quantize(target.matrix(twin.weight))))
-    swap(model, target, Int8())
+    swap(model, target, "quantize", lambda matrix, training: Int8().fake_quantize(matrix))
     assert isinstance(layer, cls)
     assert list(model.state_dict()) == keys
     outputs, expected = layer(inputs), twin(inputs)

@@ -215,7 +215,7 @@ def test_a_layer_that_cannot_be_quantized_is_reported():
     known = "Linear, Embedding, Conv1d, Conv2d, Conv1D"
     assert problems([{"quantize": "int8", "targets": ["*"]}], model) == [
         "recipe.stage[0]: '1' is a Doubled with a forward of its own; exclude it",
-        f"recipe.stage[0]: '2' is a Bilinear, only {known} can be quantized; exclude it",
+        f"recipe.stage[0]: '2' is a Bilinear, only weights of {known} can be replaced; exclude it",
     ]
 
 

@@ -27,15 +27,15 @@ WRONG = [
     # which action
     (
         {"stage": [{"sparsity": 0.5}]},
-        f"{STAGE}: needs exactly one of prune, quantize, distill; it has none",
+        f"{STAGE}: needs exactly one of prune, regularize, activation, shrink, quantize, distill; it has none",
     ),
     (
         {"stage": [{"prun": "magnitude"}]},
-        f"{STAGE}: needs exactly one of prune, quantize, distill; it has none; did you mean 'prune'?",
+        f"{STAGE}: needs exactly one of prune, regularize, activation, shrink, quantize, distill; it has none; did you mean 'prune'?",
     ),
     (
         {"stage": [{**PRUNE, "quantize": "int8"}]},
-        f"{STAGE}: needs exactly one of prune, quantize, distill; it has prune and quantize",
+        f"{STAGE}: needs exactly one of prune, regularize, activation, shrink, quantize, distill; it has prune and quantize",
     ),
     ({"stage": [{**PRUNE, "teacher": "self"}]}, f"{STAGE}: 'teacher' belongs to distill, not to prune"),
     ({"stage": [{"quantize": "int8", "sparsity": 0.5}]}, f"{STAGE}: 'sparsity' belongs to prune, not to quantize"),

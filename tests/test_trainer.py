@@ -417,7 +417,7 @@ def test_the_projection_between_widths_learns_and_survives_a_resume(tmp_path):
         torch.load(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt")["param_groups"][0]["sparsehooks"]
         for step in (5, 10)
     ]
-    first, second = (state["distillation"]["learned"][0]["projection"] for state in saved)
+    first, second = (state["learned"]["tensors"]["0.distill"]["projection"] for state in saved)
     assert not torch.equal(first, second)
 
 

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from sparsehooks import __version__
-from sparsehooks.cli import check, components, compress, convert, decompress, demo, hooks, inspect, plugins, verify
+from sparsehooks.cli import (
+    check,
+    components,
+    compress,
+    convert,
+    decompress,
+    demo,
+    hooks,
+    inspect,
+    plugins,
+    recipes,
+    verify,
+)
 from sparsehooks.errors import PlanError, SparseHooksError
 
 app = typer.Typer(
@@ -20,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, compress, convert, inspect, verify, decompress, check, plugins, hooks, components):
+for module in (demo, compress, convert, inspect, verify, decompress, check, recipes, plugins, hooks, components):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 
 
