@@ -283,7 +283,7 @@ class Recipe:
         if not path.exists() and str(path) in named_recipes():
             path = named_recipes()[str(path)]
         if not path.is_file():
-            near = "" if path.suffix else suggest(str(path), named_recipes())
+            near = "" if path.suffix or path.is_absolute() else suggest(str(path), named_recipes())
             raise RecipeError(f"{path}: there is no such recipe file{near}")
         mapping = as_manager(plugins).load_recipe(path)
         if mapping is None:

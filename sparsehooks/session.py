@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,25 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import swapping
-from sparsehooks.components import ComponentBase, Distiller, Need, Pattern, Quantizer, Regularizer, Schedule
+from sparsehooks.components import ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.learned import Learned
-from sparsehooks.masks import MaskChange, check_finite
+from sparsehooks.masks import check_finite
 from sparsehooks.plan import Plan, PlannedStage
 from sparsehooks.plugins import PluginManager, attributed
-from sparsehooks.pruning import NEEDS_STEP, Evidence, Masks, Pruner, no_evidence
+from sparsehooks.pruning import Masks
 from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, RegularizeStage, ShrinkStage
-from sparsehooks.rewinding import Snapshot
+from sparsehooks.running import Calibrate, Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.targets import Target
-from sparsehooks.views import SessionView, WeightView
+from sparsehooks.views import SessionView
 
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
-
-Calibrate = Callable[[Masks, Pruner], Mapping[str, MaskChange]]
-"""Updates the masks of a stage by calibration batches, without training."""
 
 
 class Session:
@@ -60,11 +57,9 @@ class Session:
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
         self._optimizer: torch.optim.Optimizer | None = None
-        self._calibrate: Calibrate | None = None
         self._learned = Learned()
-        self._snapshots: dict[int, Snapshot] = {}
-        self._shares: dict[int, float] = {}
-        self._deferred: set[int] = set()
+        self._pruning: dict[int, PruneRun] = {}
+        self._regularizing: dict[int, RegularizeRun] = {}
         self._statuses: dict[int, StageStatus] = {}
         self._swapped: dict[str, Target] = {}
         self._quantizers: dict[str, tuple[Target, Quantizer]] = {}
@@ -119,10 +114,13 @@ class Session:
         self.step = step
         self.masks = Masks(self._weights, self.plan.recipe.seed)
         self.masks.on_grown = self._reset_slots
-        self._calibrate = calibrate
-        self._folder = folder
-        self._prepare(state)
         start = None if state is None else self._checked(state)["distillation"]["start"]
+        run = Run(model, optimizer, self.masks, self._learned, self._swap, self.total_steps, folder, calibrate)
+        for stage in self.plan.stages:
+            if isinstance(stage.stage, PruneStage):
+                self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run)
+            elif isinstance(stage.stage, RegularizeStage):
+                self._regularizing[stage.index] = RegularizeRun(stage, self._objects[stage.index], run)
         distillers = {
             stage.index: (stage, cast(Distiller, self._objects[stage.index]["distill"]))
             for stage in self.plan.stages
@@ -171,11 +169,10 @@ class Session:
         self._distillation.before_step()
         self._learned.before_step(scale)
         step = self.step + 1
-        for stage in self.plan.stages:
-            if isinstance(stage.stage, PruneStage):
-                self._prune_before(stage, step, scale)
-            elif isinstance(stage.stage, RegularizeStage):
-                self._regularize_before(stage, step, scale)
+        for index, pruning in self._pruning.items():
+            self._tell(index, step, pruning.before_step(step, scale))
+        for regularizing in self._regularizing.values():
+            regularizing.before_step(step, scale)
 
     def reload(self) -> None:
         """Call after the loop has loaded a checkpoint into the optimizer: go on where that was.
@@ -196,9 +193,8 @@ class Session:
         self.step += 1
         self._learned.after_step(skipped=skipped)
         if not skipped:
-            for stage in self.plan.stages:
-                if isinstance(stage.stage, RegularizeStage):
-                    self._regularize_after(stage)
+            for regularizing in self._regularizing.values():
+                regularizing.after_step(self.step)
         self._advance(update=True)
         self.masks.apply()
         self._save_state()
@@ -223,7 +219,8 @@ class Session:
                 how = "never began" if status is None else f"did not reach its end (sparsity {self.sparsity:.3f})"
                 warnings.warn(f"{stage.label} {how}: the run stopped at step {self.step}", stacklevel=2)
                 self._change(stage, "skipped")
-        self._write_alive()
+        for pruning in self._pruning.values():
+            pruning.write()
         self.masks.apply()
         self.masks.clear_signs()
         self._unswap()
@@ -295,9 +292,7 @@ class Session:
             "components": components,
             "distillation": self._distillation.state_dict(),
             "learned": self._learned.state_dict(),
-            "snapshots": {index: snapshot.fingerprint for index, snapshot in self._snapshots.items()},
-            "shares": dict(self._shares),
-            "deferred": sorted(self._deferred),
+            "pruning": {index: pruning.state_dict() for index, pruning in self._pruning.items()},
             "undo": self.masks.undo_state(),
         }
 
@@ -317,7 +312,8 @@ class Session:
                     component.load_state_dict(state["components"][f"{index}.{key}"])
         self._distillation.load_state_dict(state["distillation"])
         self._learned.load_state_dict(state["learned"])
-        self._shares, self._deferred = dict(state["shares"]), set(state["deferred"])
+        for index, pruning in self._pruning.items():
+            pruning.load_state_dict(state["pruning"][index])
         self.masks.load_undo_state(state["undo"])
 
     def _checked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -397,11 +393,23 @@ class Session:
             if isinstance(stage.stage, QuantizeStage):
                 self._quantize(stage)
             elif isinstance(stage.stage, PruneStage) and update:
-                self._prune_after(stage)
+                self._tell(stage.index, self.step, self._pruning[stage.index].after_step(self.step))
             if isinstance(stage.stage, RegularizeStage):
                 continue
             if self.step >= last and self._statuses[stage.index] == "started":
                 self._change(stage, "finished")
+
+    def _tell(self, index: int, step: int, changes: Changes) -> None:
+        if any(change.pruned or change.grown for change in changes.values()):
+            label = next(stage.label for stage in self.plan.stages if stage.index == index)
+            self.manager.masks_updated(self.view, label, step, MappingProxyType(dict(changes)))
+
+    def _reset_slots(self, name: str, grown: Tensor) -> None:
+        """A weight that grows begins with an optimizer that has not seen it."""
+        if self._optimizer is not None:
+            for slot in self._optimizer.state.get(self._weights[name], {}).values():
+                if isinstance(slot, Tensor) and slot.shape == grown.shape:
+                    slot.masked_fill_(grown, 0)
 
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status
@@ -422,212 +430,3 @@ class Session:
         for target in self._swapped.values():
             swapping.unswap(self._model, target)
         self._swapped.clear()
-
-    # ----------------------------------------------------------------------------------------------------- pruning
-
-    def _pruner(self, stage: PlannedStage) -> Pruner:
-        return Pruner.of(stage, self._objects[stage.index])
-
-    def _prepare(self, state: Mapping[str, Any] | None) -> None:
-        """Before the first step: couplings, what criteria learn, masks that act in the forward, snapshots."""
-        for stage in self.plan.stages:
-            if "pattern" in stage.components:
-                pattern = cast(Pattern, self._objects[stage.index]["pattern"])
-                with attributed(stage.components["pattern"].record):
-                    pattern.couple(self._model, stage.targets)
-            if not isinstance(stage.stage, PruneStage):
-                continue
-            pruner = self._pruner(stage)
-            for target in stage.targets:
-                weight = self._weights[target.parameter]
-                view = self.masks.view(pruner, "prune", target, 0, no_evidence)
-                with attributed(stage.components["prune"].record):
-                    made = pruner.criterion.prepare(view)
-                owner = f"{stage.index}.{target.parameter}"
-                self._learned.add(owner, made, weight.device, pruner.criterion.learning_rate())
-                if pruner.criterion.acts == "forward" and self._optimizer is not None:
-                    self.masks.alive.add(target.parameter)
-                    self._swap(target, "mask", self._masking(pruner, target))
-            if pruner.schedule.rewind(self.total_steps) is not None:
-                fingerprint = None if state is None else state["snapshots"].get(stage.index)
-                if fingerprint is not None:
-                    self._snapshots[stage.index] = Snapshot(self._model, self._folder, fingerprint)
-
-    def _masking(self, pruner: Pruner, target: Target) -> swapping.Transform:
-        name = target.parameter
-        learned = self._learned.of(f"{pruner.stage.index}.{name}")
-
-        def mask(matrix: Tensor, training: bool) -> Tensor:
-            chosen = self.masks.masks.get(name)
-            if chosen is None:  # the stage has not begun
-                return matrix
-            view = WeightView(name, matrix, 0, learned=learned, training=training)
-            return pruner.criterion.effective(view, target.matrix(chosen))
-
-        return mask
-
-    @torch.no_grad()
-    def _write_alive(self) -> None:
-        """Write what the layers compute with into their parameters, where masks act in the forward."""
-        for stage in self.plan.stages:
-            if isinstance(stage.stage, PruneStage):
-                pruner = self._pruner(stage)
-                for target in stage.targets:
-                    if target.parameter in self.masks.alive:
-                        weight = self._weights[target.parameter]
-                        effective = self._masking(pruner, target)(target.matrix(weight), False)
-                        weight.copy_(target.restore(effective))
-        self.masks.alive.clear()
-
-    def _evidence(self, pruner: Pruner) -> Evidence:
-        """What the criteria of a stage need, as it is between the backward pass and the step."""
-
-        def evidence(target: Target) -> dict[str, Any]:
-            name, found = target.parameter, dict[str, Any]()
-            weight = self._weights[name]
-            learned = self._learned.of(f"{pruner.stage.index}.{name}")
-            if learned:
-                found["learned"] = {key: tensor.detach() for key, tensor in learned.items()}
-            if pruner.needs & NEEDS_STEP:
-                if weight.grad is None:
-                    raise SessionError(f"{pruner.stage.label}: no gradient reached '{name}'; unfreeze it or exclude it")
-                gradient = weight.grad
-                check_finite(f"gradients of '{name}'", gradient, "lower the learning rate, or look at the data")
-                found["gradient"] = target.matrix(gradient)
-            if Need.MOMENTUM in pruner.needs:
-                found["momentum"] = target.matrix(self._momentum(pruner, weight))
-            return found
-
-        return evidence
-
-    def _momentum(self, pruner: Pruner, weight: nn.Parameter) -> Tensor:
-        assert self._optimizer is not None
-        slots = self._optimizer.state.get(weight, {})
-        for key in ("exp_avg", "momentum_buffer"):
-            if slots.get(key) is not None:
-                return cast(Tensor, slots[key])
-        if not slots and weight.grad is not None:
-            return weight.grad  # before the first step they are the same
-        raise SessionError(f"{pruner.stage.label}: the optimizer keeps no momentum; use Adam, or SGD with momentum")
-
-    def _reset_slots(self, name: str, grown: Tensor) -> None:
-        """A weight that grows begins with an optimizer that has not seen it."""
-        if self._optimizer is not None:
-            for slot in self._optimizer.state.get(self._weights[name], {}).values():
-                if isinstance(slot, Tensor) and slot.shape == grown.shape:
-                    slot.masked_fill_(grown, 0)
-
-    def _prune_before(self, stage: PlannedStage, step: int, scale: float) -> None:
-        """What has to be done while the gradients are there: collect, decide by them, add penalties."""
-        pruner = self._pruner(stage)
-        schedule, total = pruner.schedule, self.total_steps
-        learned = {t.parameter: self._learned.of(f"{stage.index}.{t.parameter}") for t in stage.targets}
-        if any(learned.values()):
-            sparsity = pruner.sparsity * schedule.at(step, total)
-            with torch.enable_grad(), attributed(stage.components["prune"].record):
-                penalty = pruner.criterion.penalty(learned, sparsity)
-                if penalty is not None:
-                    penalty.backward()
-        if not pruner.needs & NEEDS_STEP:
-            return
-        first, _ = schedule.window(total)
-        samples = range(step, step + max(pruner.criterion.samples, 1))
-        due = schedule.due(step, total) or (step == 1 and schedule.due(0, total)) or stage.index in self._deferred
-        if pruner.criterion.samples and any(schedule.due(later, total) for later in samples):
-            for target in stage.targets:
-                view = self.masks.view(pruner, "prune", target, step, self._evidence(pruner))
-                with attributed(stage.components["prune"].record):
-                    pruner.criterion.collect(view)
-        if not due:
-            return
-        gradients = [self._weights[target.parameter].grad for target in stage.targets]
-        if scale != 1.0 and not all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
-            self._deferred.add(stage.index)  # the scaler is about to skip this step
-            return
-        self._deferred.discard(stage.index)
-        self._update(stage, pruner, max(step, first), step)
-
-    def _prune_after(self, stage: PlannedStage) -> None:
-        """What is due after a step, for criteria that need no gradient."""
-        pruner = self._pruner(stage)
-        schedule = pruner.schedule
-        if self.step == schedule.rewind(self.total_steps) and stage.index not in self._snapshots:
-            self._snapshots[stage.index] = Snapshot(self._model, self._folder)
-        if self._optimizer is not None and pruner.needs & NEEDS_STEP:
-            return
-        if schedule.due(self.step, self.total_steps):
-            self._update(stage, pruner, self.step, self.step)
-
-    def _update(self, stage: PlannedStage, pruner: Pruner, moment: int, step: int) -> None:
-        schedule = pruner.schedule
-        share = schedule.at(moment, self.total_steps)
-        first, last = schedule.window(self.total_steps)
-        if share < self._shares.get(stage.index, 0.0) and schedule.adaptive:
-            changes = self.masks.step_back()
-        elif self._calibrate is not None and (stage.components.get("solver") or pruner.needs):
-            changes = self._calibrate(self.masks, pruner)
-        else:
-            progress = 1.0 if moment >= last else (moment - first) / (last - first)
-            growth = 0.0 if pruner.recipe.grow is None else pruner.recipe.grow.share(progress)
-            changes = self.masks.update(pruner, step, share, self._evidence(pruner), growth=growth)
-        self._shares[stage.index] = share
-        if any(change.pruned or change.grown for change in changes.values()):
-            self.manager.masks_updated(self.view, stage.label, step, MappingProxyType(dict(changes)))
-        snapshot = self._snapshots.get(stage.index)
-        if snapshot is not None and self._optimizer is not None and first < moment < last:
-            snapshot.restore(self._model, self._optimizer)
-            self.masks.apply()
-
-    # --------------------------------------------------------------------------------------------- regularization
-
-    def _regularize_before(self, stage: PlannedStage, step: int, scale: float) -> None:
-        regularizer, pattern, strength = self._regularizer(stage, step)
-        if strength == 0.0:
-            return
-        with torch.no_grad(), attributed(stage.components["regularize"].record):
-            added = regularizer.gradient(self._matrices(stage), pattern, strength)
-        if added is None:
-            return
-        if scale != 1.0:
-            raise SessionError(
-                f"{stage.label}: adds to gradients, which a gradient scaler scales; train in bf16, or use the proximal form"
-            )
-        for target in stage.targets:
-            gradient = self._weights[target.parameter].grad
-            if gradient is not None:
-                gradient.add_(target.restore(added[target.parameter]))
-
-    @torch.no_grad()
-    def _regularize_after(self, stage: PlannedStage) -> None:
-        regularizer, pattern, strength = self._regularizer(stage, self.step)
-        if strength == 0.0:
-            return
-        sizes = {t.parameter: self._step_size(t, strength) for t in stage.targets}
-        with attributed(stage.components["regularize"].record):
-            moved = regularizer.proximal(self._matrices(stage), pattern, sizes)
-        for target in stage.targets if moved is not None else ():
-            self._weights[target.parameter].copy_(target.restore(cast(Any, moved)[target.parameter]))
-
-    def _regularizer(self, stage: PlannedStage, step: int) -> tuple[Regularizer, Pattern, float]:
-        objects = self._objects[stage.index]
-        strength = self._schedule(stage).at(step, self.total_steps)
-        return cast(Regularizer, objects["regularize"]), cast(Pattern, objects["pattern"]), strength
-
-    def _matrices(self, stage: PlannedStage) -> dict[str, Tensor]:
-        return {t.parameter: t.matrix(self._weights[t.parameter].detach()) for t in stage.targets}
-
-    def _step_size(self, target: Target, strength: float) -> Tensor | float:
-        """By how much a weight moves for a unit of gradient, times the strength; a matrix under Adam."""
-        assert self._optimizer is not None
-        weight = self._weights[target.parameter]
-        groups = self._optimizer.param_groups
-        group = next((g for g in groups if any(p is weight for p in g["params"])), None)
-        if group is None:
-            return 0.0
-        slots = self._optimizer.state.get(weight, {})
-        if slots.get("exp_avg_sq") is None:
-            return float(group["lr"]) * strength
-        correction = 1 - group["betas"][1] ** float(slots["step"])
-        variance = target.matrix(slots["exp_avg_sq"]) / correction
-        step_size: Tensor = float(group["lr"]) * strength / (variance.sqrt() + group["eps"])
-        return step_size

@@ -62,13 +62,14 @@ def attach(
     step = inner.param_groups[0].get(KEY, {}).get("step", 0)
     handles: list[Any] = []
     try:
-        session.start(
-            unwrapped,
-            inner,
-            step,
-            folder=None if folder is None else Path(folder),
-            opened=config.pruned if config is not None else None,
-        )
+        with session.aborting():
+            session.start(
+                unwrapped,
+                inner,
+                step,
+                folder=None if folder is None else Path(folder),
+                opened=config.pruned if config is not None else None,
+            )
         handles += add_loss_terms(unwrapped, session)
         handles.append(inner.register_load_state_dict_post_hook(lambda _: session.reload()))
         scaler = getattr(accelerator, "scaler", None)

@@ -1,0 +1,273 @@
+"""Prune and regularize stages at work: what each does before and after the optimizer's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsehooks import swapping
+from sparsehooks.components import Need, Pattern, Regularizer, Schedule
+from sparsehooks.errors import SessionError
+from sparsehooks.learned import Learned
+from sparsehooks.masks import MaskChange, check_finite
+from sparsehooks.plan import PlannedStage
+from sparsehooks.plugins import attributed
+from sparsehooks.pruning import NEEDS_STEP, Masks, Pruner, no_evidence
+from sparsehooks.rewinding import Snapshot
+from sparsehooks.targets import Target
+from sparsehooks.views import WeightView
+
+Changes = Mapping[str, MaskChange]
+Calibrate = Callable[[Masks, Pruner], Changes]
+"""Updates the masks of a stage by calibration batches, without training."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of a run share.
+
+    Attributes:
+        model: the unwrapped model.
+        optimizer: the user's; None without training.
+        masks: of all stages.
+        learned: of all components.
+        swap: lets a target's layers compute with another weight.
+        total_steps: of the run.
+        folder: where a resumed run finds what it needs of its start.
+        calibrate: for stages that decide by calibration batches.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    masks: Masks
+    learned: Learned
+    swap: Callable[[Target, swapping.Step, swapping.Transform], None]
+    total_steps: int
+    folder: Path | None
+    calibrate: Calibrate | None
+
+    def weight(self, target: Target) -> nn.Parameter:
+        """The parameter of a target."""
+        return self.model.get_parameter(target.parameter)
+
+
+class PruneRun:
+    """A prune stage at work.
+
+    Criteria that need a gradient decide before a step, when the gradients of the weights as they are lie ready; all
+    others after it.
+    """
+
+    def __init__(self, stage: PlannedStage, objects: Mapping[str, Any], run: Run) -> None:
+        self._stage = stage
+        self._pruner = Pruner.of(stage, objects)
+        self._schedule = self._pruner.schedule
+        self._run = run
+        self._snapshot: Snapshot | None = None
+        self._share = 0.0
+        self._deferred = False
+        self._by_gradient = run.optimizer is not None and bool(self._pruner.needs & NEEDS_STEP)
+        with attributed(stage.components["pattern"].record):
+            self._pruner.pattern.couple(run.model, stage.targets)
+        criterion = self._pruner.criterion
+        for target in stage.targets:
+            with attributed(stage.components["prune"].record):
+                made = criterion.prepare(run.masks.view(self._pruner, "prune", target, 0, no_evidence))
+            run.learned.add(self._owner(target), made, run.weight(target).device, criterion.learning_rate())
+            if criterion.acts == "forward" and run.optimizer is not None:
+                run.masks.alive.add(target.parameter)
+                run.swap(target, "mask", self._masking(target))
+
+    def before_step(self, step: int, scale: float) -> Changes:
+        """What has to be done while the gradients are there: penalties, collecting, deciding by them.
+
+        Args:
+            step: the number of the step that is about to be made.
+            scale: the factor of a gradient scaler.
+        """
+        self._penalize(step)
+        if not self._by_gradient:
+            return {}
+        total, criterion = self._run.total_steps, self._pruner.criterion
+        if any(self._schedule.due(later, total) for later in range(step, step + criterion.samples)):
+            for target in self._stage.targets:
+                view = self._run.masks.view(self._pruner, "prune", target, step, self._evidence)
+                with attributed(self._stage.components["prune"].record):
+                    criterion.collect(view)
+        first_of_run = step == 1 and self._schedule.due(0, total)
+        if not (self._schedule.due(step, total) or first_of_run or self._deferred):
+            return {}
+        self._deferred = scale != 1.0 and self._overflowed()
+        return {} if self._deferred else self._update(step)
+
+    def after_step(self, step: int) -> Changes:
+        """What is due after ``step`` finished steps."""
+        if step == self._schedule.rewind(self._run.total_steps) and self._snapshot is None:
+            self._snapshot = Snapshot(self._run.model, self._run.folder)
+        if self._by_gradient or not self._schedule.due(step, self._run.total_steps):
+            return {}
+        return self._update(step)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write what the layers compute with into their parameters, where masks act in the forward."""
+        for target in self._stage.targets:
+            if target.parameter in self._run.masks.alive:
+                weight = self._run.weight(target)
+                weight.copy_(target.restore(self._masking(target)(target.matrix(weight), False)))
+                self._run.masks.alive.remove(target.parameter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain values."""
+        snapshot = None if self._snapshot is None else self._snapshot.fingerprint
+        return {"share": self._share, "deferred": self._deferred, "snapshot": snapshot}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._share, self._deferred = state["share"], state["deferred"]
+        if state["snapshot"] is not None and self._snapshot is None:
+            self._snapshot = Snapshot(self._run.model, self._run.folder, state["snapshot"])
+
+    def _update(self, step: int) -> Changes:
+        run, pruner, schedule = self._run, self._pruner, self._schedule
+        first, last = schedule.window(run.total_steps)
+        moment = max(step, first)
+        share, before = schedule.at(moment, run.total_steps), self._share
+        self._share = share
+        if share < before and schedule.adaptive:
+            return run.masks.step_back()
+        if run.calibrate is not None and (self._stage.components.get("solver") or pruner.needs):
+            return run.calibrate(run.masks, pruner)
+        progress = 1.0 if moment >= last else (moment - first) / (last - first)
+        growth = 0.0 if pruner.recipe.grow is None else pruner.recipe.grow.share(progress)
+        changes = run.masks.update(pruner, step, share, self._evidence, growth=growth)
+        if self._snapshot is not None and run.optimizer is not None and first < moment < last:
+            self._snapshot.restore(run.model, run.optimizer)
+            run.masks.apply()
+        return changes
+
+    def _penalize(self, step: int) -> None:
+        learned = {target.parameter: self._learned(target) for target in self._stage.targets}
+        if any(learned.values()):
+            sparsity = self._pruner.sparsity * self._schedule.at(step, self._run.total_steps)
+            with torch.enable_grad(), attributed(self._stage.components["prune"].record):
+                penalty = self._pruner.criterion.penalty(learned, sparsity)
+                if penalty is not None:
+                    penalty.backward()
+
+    def _overflowed(self) -> bool:
+        """Whether a gradient scaler is about to skip this step."""
+        gradients = [self._run.weight(target).grad for target in self._stage.targets]
+        return not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def _masking(self, target: Target) -> swapping.Transform:
+        learned = self._learned(target)
+
+        def mask(matrix: Tensor, training: bool) -> Tensor:
+            chosen = self._run.masks.masks.get(target.parameter)
+            if chosen is None:  # the stage has not begun
+                return matrix
+            view = WeightView(target.parameter, matrix, 0, learned=learned, training=training)
+            return self._pruner.criterion.effective(view, target.matrix(chosen))
+
+        return mask
+
+    def _evidence(self, target: Target) -> Mapping[str, Any]:
+        """What the criteria need, as it is between the backward pass and the step."""
+        found: dict[str, Any] = {}
+        if learned := self._learned(target):
+            found["learned"] = {key: tensor.detach() for key, tensor in learned.items()}
+        if self._by_gradient:
+            name, weight = target.parameter, self._run.weight(target)
+            if weight.grad is None:
+                raise SessionError(f"{self._stage.label}: no gradient reached '{name}'; unfreeze it or exclude it")
+            check_finite(f"gradients of '{name}'", weight.grad, "lower the learning rate, or look at the data")
+            found["gradient"] = target.matrix(weight.grad)
+            if Need.MOMENTUM in self._pruner.needs:
+                found["momentum"] = target.matrix(self._momentum(weight))
+        return found
+
+    def _momentum(self, weight: nn.Parameter) -> Tensor:
+        assert self._run.optimizer is not None
+        slots = self._run.optimizer.state.get(weight, {})
+        for key in ("exp_avg", "momentum_buffer"):
+            if slots.get(key) is not None:
+                return cast(Tensor, slots[key])
+        if not slots and weight.grad is not None:
+            return weight.grad  # before the first step they are the same
+        raise SessionError(f"{self._stage.label}: the optimizer keeps no momentum; use Adam, or SGD with momentum")
+
+    def _learned(self, target: Target) -> dict[str, Tensor]:
+        return self._run.learned.of(self._owner(target))
+
+    def _owner(self, target: Target) -> str:
+        return f"{self._stage.index}.{target.parameter}"
+
+
+class RegularizeRun:
+    """A regularize stage at work."""
+
+    def __init__(self, stage: PlannedStage, objects: Mapping[str, Any], run: Run) -> None:
+        self._stage = stage
+        self._run = run
+        self._regularizer = cast(Regularizer, objects["regularize"])
+        self._pattern = cast(Pattern, objects["pattern"])
+        self._schedule = cast(Schedule, objects["schedule"])
+        with attributed(stage.components["pattern"].record):
+            self._pattern.couple(run.model, stage.targets)
+
+    def before_step(self, step: int, scale: float) -> None:
+        """Add to the gradients."""
+        strength = self._schedule.at(step, self._run.total_steps)
+        if strength == 0.0:
+            return
+        with torch.no_grad(), attributed(self._stage.components["regularize"].record):
+            added = self._regularizer.gradient(self._matrices(), self._pattern, strength)
+        if added is None:
+            return
+        if scale != 1.0:
+            raise SessionError(
+                f"{self._stage.label}: adds to gradients, which a gradient scaler scales; train in bf16, or use the "
+                "proximal form"
+            )
+        for target in self._stage.targets:
+            gradient = self._run.weight(target).grad
+            if gradient is not None:
+                gradient.add_(target.restore(added[target.parameter]))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Take the proximal step."""
+        strength = self._schedule.at(step, self._run.total_steps)
+        if strength == 0.0:
+            return
+        sizes = {target.parameter: self._step_size(target, strength) for target in self._stage.targets}
+        with attributed(self._stage.components["regularize"].record):
+            moved = self._regularizer.proximal(self._matrices(), self._pattern, sizes)
+        if moved is not None:
+            for target in self._stage.targets:
+                self._run.weight(target).copy_(target.restore(moved[target.parameter]))
+
+    def _matrices(self) -> dict[str, Tensor]:
+        return {target.parameter: target.matrix(self._run.weight(target).detach()) for target in self._stage.targets}
+
+    def _step_size(self, target: Target, strength: float) -> Tensor | float:
+        """By how much a weight moves for a unit of gradient, times the strength; a matrix under Adam."""
+        assert self._run.optimizer is not None
+        weight = self._run.weight(target)
+        groups = self._run.optimizer.param_groups
+        group = next((group for group in groups if any(other is weight for other in group["params"])), None)
+        if group is None:
+            return 0.0  # it does not train
+        rate = float(group["lr"]) * strength
+        slots = self._run.optimizer.state.get(weight, {})
+        if slots.get("exp_avg_sq") is None:
+            return rate
+        correction = 1 - group["betas"][1] ** float(slots["step"])
+        sizes: Tensor = rate / ((target.matrix(slots["exp_avg_sq"]) / correction).sqrt() + group["eps"])
+        return sizes
