@@ -141,7 +141,8 @@ class Coupling:
         return [member for member in self.members if member.role == "weight"]
 
 
-Found = tuple[list[Coupling], list[str]]
+Found = tuple[list[Coupling], list[tuple[str, str]]]
+"""Couplings, and sentences, each with the name of the module that it is about."""
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -149,9 +150,9 @@ def is_transposed(module: nn.Module) -> bool:
     return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
 
-def is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: Any) -> bool:
     """Whether a layer is one matrix."""
-    weight = module._parameters.get("weight") if module is not None else None
+    weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
     return weight is not None and weight.dim() == 2 and (isinstance(module, nn.Linear) or is_transposed(module))
 
 
@@ -203,7 +204,10 @@ def find(model: nn.Module, kind: str) -> Found:
     left = []
     for coupling in found:
         if parameter := next((member.parameter for member in coupling.members if member.parameter in tied), None):
-            notes.append(f"the {kind}s of '{coupling.name}' stay whole: '{parameter}' is tied to another weight")
+            module = parameter.rpartition(".")[0]
+            notes.append(
+                (module, f"the {kind}s of '{coupling.name}' stay whole: '{parameter}' is tied to another weight")
+            )
         else:
             left.append(coupling)
     return left, notes
@@ -215,20 +219,21 @@ def find(model: nn.Module, kind: str) -> Found:
 def heads(model: nn.Module) -> Found:
     """The heads of each attention; with grouped keys, all heads that share one key head are one unit."""
     found: list[Coupling] = []
-    notes: list[str] = []
+    notes: list[tuple[str, str]] = []
     joint: dict[str, list[tuple[Coupling, nn.Module]]] = {}
     blocks = _containers(model)
     for name, module in model.named_modules():
         result = _attention(model, name, module)
         if isinstance(result, str):
-            notes.append(f"the heads of '{name}' stay whole: {result}")
+            notes.append((name, f"the heads of '{name}' stay whole: {result}"))
         elif result is not None and hasattr(module, "has_relative_attention_bias"):
             joint.setdefault(_without_index(name, blocks), []).append((result, module))
         elif result is not None:
             found.append(result)
     for name, group in joint.items():
         if len({coupling.units for coupling, _ in group}) > 1:
-            notes.append(f"the heads of '{name}' stay whole: the blocks share position biases, not numbers of heads")
+            why = "the blocks share position biases, but have different numbers of heads"
+            notes.append((group[0][0].name, f"the heads of '{name}' stay whole: {why}"))
             continue
         members = [member for coupling, _ in group for member in coupling.members]
         members += [
@@ -258,58 +263,65 @@ def _attention(model: nn.Module, name: str, module: nn.Module) -> Coupling | str
         return f"it has a parameter '{min(module._parameters)}' of its own"
     if fused and getattr(module, "q_attn", None) is not None:
         return "its queries have a layer of their own, and keys and values share one"
-    if fused:
-        consumer = join(name, "c_proj")
-    else:
-        places = [join(name, part) for part in OUTPUT]
-        places.append(join(name.rpartition(".")[0], "output.dense"))
-        consumer = next((place for place in places if is_linear(child(model, place))), "")
-    if not consumer or not is_linear(child(model, consumer)):
+    consumer = _output(model, name, fused=fused)
+    if consumer is None:
         return "its output layer has no name that is known"
+    # from the first row of a layer on, so many rows are the queries, keys or values
+    places: list[tuple[str, int, int]]
     if fused:
-        rest = features(module.c_attn)[0] % 3
-        width = key_width = features(module.c_attn)[0] // 3
-        same = not rest
+        width = features(child(module, "c_attn"))[0] // 3
+        places = [("c_attn", index * width, width) for index in range(3)]
     else:
-        query, key, value = (features(child(module, part))[0] for part in cast(tuple[str, ...], trio))
-        width, key_width = query, key
-        same = key == value
-    size = next((getattr(module, key) for key in HEAD_SIZE if isinstance(getattr(module, key, None), int)), None)
-    count = next((getattr(module, key) for key in HEADS if isinstance(getattr(module, key, None), int)), None)
-    if size is None and count and width % count == 0:
-        size = width // count
-    if not size:
-        return "it does not say how large a head is"
-    if (
-        not same
-        or width % size
-        or key_width % size
-        or width % key_width
-        or (count is not None and count * size != width)
-        or features(child(model, consumer))[1] != width
-    ):
-        return f"heads of {size} features do not follow from the shapes of its layers"
-    own = set(trio or ("c_attn",)) | {consumer.rpartition(".")[2], "relative_attention_bias"}
+        places = [(part, 0, features(child(module, part))[0]) for part in trio or ()]
+    size = _head_size(module, places[0][2])
+    if size is None or not _follows(module, size, [width for _, _, width in places], child(model, consumer)):
+        return f"heads of {size or 'unknown'} features do not follow from the shapes of its layers"
+    known = {part for part, _, _ in places} | {consumer.rpartition(".")[2], "relative_attention_bias"}
     for extra, layer in module.named_children():
-        if extra not in own and any(tuple(part.shape) != (size,) for part in layer.parameters()):
+        if extra not in known and any(tuple(part.shape) != (size,) for part in layer.parameters()):
             return f"it is not known what its layer '{extra}' does"
-    units, group = key_width // size, width // key_width
-    if fused:
-        c_attn = join(name, "c_attn")
-        parts = [rows(c_attn, cast(nn.Module, module.c_attn), size, width * index) for index in range(3)]
-    else:
-        sizes = (size * group, size, size)
-        parts = [
-            rows(join(name, part), child(module, part), height)
-            for part, height in zip(cast(tuple[str, ...], trio), sizes, strict=True)
-        ]
+    units, group = places[1][2] // size, places[0][2] // places[1][2]
+    parts = [rows(join(name, part), child(module, part), width // units, offset) for part, offset, width in places]
     reads = columns(consumer, size * group)
-    members = (*parts[0], *parts[1], *parts[2], reads)
     amounts = {**dict.fromkeys(HEADS, group), **dict.fromkeys(KEY_HEADS, 1), **dict.fromkeys(WIDTHS, size * group)}
     attributes = tuple(
         (name, key, amount) for key, amount in amounts.items() if getattr(module, key, None) == units * amount
     )
+    members = (*parts[0], *parts[1], *parts[2], reads)
     return Coupling(name, units, members, "head", ((tuple(parts[2]), (reads,)),), attributes)
+
+
+def _output(model: nn.Module, name: str, *, fused: bool) -> str | None:
+    """The name of the layer that reads what the heads give."""
+    if fused:
+        places = [join(name, "c_proj")]
+    else:
+        places = [*(join(name, part) for part in OUTPUT), join(name.rpartition(".")[0], "output.dense")]
+    return next((place for place in places if is_linear(child(model, place))), None)
+
+
+def _head_size(module: nn.Module, width: int) -> int | None:
+    """How many features a head has, as the attention says."""
+    size = next((value for key in HEAD_SIZE if isinstance(value := getattr(module, key, None), int)), None)
+    count = _head_count(module)
+    return width // count if size is None and count and width % count == 0 else size
+
+
+def _head_count(module: nn.Module) -> int | None:
+    return next((value for key in HEADS if isinstance(value := getattr(module, key, None), int)), None)
+
+
+def _follows(module: nn.Module, size: int, widths: list[int], consumer: nn.Module) -> bool:
+    """Whether the shapes of the layers are those of whole heads."""
+    query, key, value = widths
+    count = _head_count(module)
+    return (
+        size > 0
+        and key == value
+        and not (query % size or key % size or query % key)
+        and count in {None, query // size}
+        and features(consumer)[1] == query
+    )
 
 
 def _unknown_attention(module: nn.Module) -> str | None:
@@ -326,33 +338,51 @@ def _unknown_attention(module: nn.Module) -> str | None:
 
 
 def channels(model: nn.Module) -> Found:
-    """The channels inside feed-forward layers; of a model that has none, those between convolutions and the like."""
+    """The channels inside the feed-forward layers of transformers; those between all layers of what can be traced."""
+    from transformers import PreTrainedModel
+
+    from sparsehooks.tracing import traced
+
+    if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        found, notes = traced(model)
+        if not notes:
+            return found, []
+        named, unknown = _feed_forwards(model)
+        return (named, unknown) if named else (found, notes)
+    found, notes = _feed_forwards(model)
+    return (found, notes) if found or notes else traced(model)
+
+
+def _feed_forwards(model: nn.Module) -> Found:
     found: list[Coupling] = []
-    notes: list[str] = []
+    notes: list[tuple[str, str]] = []
     taken: set[str] = set()
     for name, module in model.named_modules():
-        for producers, consumer in FEED_FORWARD:
-            parts = [child(module, part) for part in (*producers, consumer)]
-            if not all(is_linear(part) for part in parts) or join(name, consumer) in taken:
-                continue
-            result = _feed_forward(name, module, producers, consumer)
-            taken |= {join(name, part) for part in (*producers, consumer)}
-            if isinstance(result, str):
-                notes.append(f"the channels of '{join(name, producers[0])}' stay whole: {result}")
-            else:
-                found.append(result)
-            break
-    if not found and not notes:
-        from sparsehooks.tracing import traced
-
-        return traced(model)
+        producers, consumer = _pair(module)
+        if not consumer or join(name, consumer) in taken:
+            continue
+        result = _feed_forward(name, module, producers, consumer)
+        taken |= {join(name, part) for part in (*producers, consumer)}
+        if isinstance(result, str):
+            first = join(name, producers[0])
+            notes.append((first, f"the channels of '{first}' stay whole: {result}"))
+        else:
+            found.append(result)
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if any(part in kind for part in ("MLP", "FeedForward", "FFN", "Experts")) and not any(
-            used.startswith(f"{name}.") for used in taken
-        ):
-            notes.append(f"the channels of '{name}' stay whole: its {kind} is laid out in a way that is not known")
+        named = any(part in kind for part in ("MLP", "FeedForward", "FFN", "Experts"))
+        if named and not any(used.startswith(f"{name}.") for used in taken):
+            why = f"its {kind} is laid out in a way that is not known"
+            notes.append((name, f"the channels of '{name}' stay whole: {why}"))
     return found, notes
+
+
+def _pair(module: nn.Module) -> tuple[tuple[str, ...], str]:
+    """The names of the first and the last layer of a feed-forward layer, if it is one."""
+    for producers, consumer in FEED_FORWARD:
+        if all(is_linear(child(module, part)) for part in (*producers, consumer)):
+            return producers, consumer
+    return (), ""
 
 
 def _feed_forward(name: str, module: nn.Module, producers: tuple[str, ...], consumer: str) -> Coupling | str:
@@ -367,15 +397,17 @@ def _feed_forward(name: str, module: nn.Module, producers: tuple[str, ...], cons
     groups = [rows(join(name, part), layer) for part, layer in zip(producers, layers_of_it, strict=True)]
     reads = columns(join(name, consumer))
     activation = next((act for key in ACTIVATIONS if callable(act := child(module, key))), None)
+    if activation is None:
+        return "it is not known what lies between its layers"
     alternatives: list[tuple[Member, ...]] = [(reads,)]
-    plain = activation is not None and elementwise(activation)
-    if plain and keeps_zero(cast(Callable[[Tensor], Tensor], activation)):
+    plain = elementwise(activation)
+    if plain and keeps_zero(activation):
         alternatives += [tuple(group) for group in groups]
     elif len(groups) > 1:
         alternatives.append(tuple(groups[-1]))  # the last is a factor of the others, whatever these are
     fold = None
     if plain and len(groups) == 1 and last._parameters.get("bias") is not None:
-        fold = Fold(join(name, producers[0]), join(name, consumer), cast(Callable[[Tensor], Tensor], activation))
+        fold = Fold(join(name, producers[0]), join(name, consumer), activation)
     members = tuple(member for group in groups for member in group)
     return Coupling(join(name, producers[0]), width, (*members, reads), "channel", (tuple(alternatives),), fold=fold)
 
@@ -389,7 +421,7 @@ def elementwise(activation: Callable[[Tensor], Tensor]) -> bool:
     try:
         whole = activation(sample.clone())
         single = torch.cat([activation(part.clone()) for part in sample.split(1)])
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError):
         return False
     return isinstance(whole, Tensor) and whole.shape == sample.shape and torch.allclose(whole, single, atol=1e-6)
 
@@ -420,7 +452,7 @@ def layers(model: nn.Module) -> Found:
     notes = []
     for name, blocks in _containers(model).items():
         if not depth_keys(model, name):
-            notes.append(f"the layers of '{name}' stay whole: the model's config does not say how many there are")
+            notes.append((name, f"the layers of '{name}' stay whole: the config does not say how many there are"))
             continue
         members: list[Member] = []
         for index, block in enumerate(blocks):
@@ -431,7 +463,7 @@ def layers(model: nn.Module) -> Found:
                 members.append(Member(f"{prefix}.{parameter}", 0, value.shape[0], role=whole, unit=index))
         found.append(Coupling(name, len(blocks), tuple(members), "layer"))
     if not found and not notes:
-        notes.append(f"{type(model).__name__} has no list of blocks with an attention each")
+        notes.append(("", f"{type(model).__name__} has no list of blocks with an attention each"))
     return found, notes
 
 

@@ -27,7 +27,7 @@ FACTORS = frozenset({"scaling"})
 """Those that it may set to another number."""
 
 
-def shrink(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Any]:
+def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     """Cut out of a model what its masks exclude as a whole, in place.
 
     Blocks of which all matrices are masked go; heads, groups of heads and channels go where nothing that they compute
@@ -37,14 +37,14 @@ def shrink(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Any]:
 
     Args:
         model: its masked weights are zero.
-        masks: by parameter name. They are cut as their parameters are; those of blocks that went go too, and names
-            change with the numbers of the blocks that stay.
+        masks: by parameter name, of the shapes and names before.
 
     Returns:
         what a model made of the config alone does not have: {"modules": {name: {"shapes", "attributes"}},
         "layers": {name: count}}; empty if nothing was ever cut.
     """
     before = _facts(model)
+    masks = dict(masks)
     with torch.no_grad():
         depths = _cut_layers(model, masks)
         couplings = [coupling for kind in ("head", "channel") for coupling in find(model, kind)[0]]
@@ -59,28 +59,31 @@ def _cut_layers(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, int]:
     depths = {}
     for coupling in find(model, "layer")[0]:
         gone = _gone(model, masks, coupling)
-        if not gone.any():
-            continue
-        blocks = cast(nn.ModuleList, model.get_submodule(coupling.name))
-        keys = depth_keys(model, coupling.name)
-        kept = [index for index in range(len(blocks)) if not gone[index]]
-        _keep_position_bias(blocks, kept[0])
-        for index in reversed(range(len(blocks))):
-            if gone[index]:
-                del blocks[index]
-        for new, old in enumerate(kept):
-            for part in blocks[new].modules():
-                if getattr(part, "layer_idx", None) == old:
-                    part.layer_idx = new  # type: ignore[assignment]
-        _rename(masks, coupling.name, {old: new for new, old in enumerate(kept)})
-        for config, key in keys:
-            _set_depth(config, key, kept, coupling.units)
-        holder = model.get_submodule(coupling.name.rpartition(".")[0])
-        for key in ("n_layers", "num_layers", "num_hidden_layers"):
-            if getattr(holder, key, None) == coupling.units:
-                setattr(holder, key, len(kept))
-        depths[coupling.name] = len(kept)
+        kept = [index for index in range(coupling.units) if not gone[index]]
+        if len(kept) < coupling.units:
+            _keep_blocks(model, coupling, kept)
+            _rename(masks, coupling.name, {old: new for new, old in enumerate(kept)})
+            depths[coupling.name] = len(kept)
     return depths
+
+
+def _keep_blocks(model: nn.Module, coupling: Coupling, kept: list[int]) -> None:
+    blocks = cast(nn.ModuleList, model.get_submodule(coupling.name))
+    keys = depth_keys(model, coupling.name)
+    _keep_position_bias(blocks, kept[0])
+    for index in reversed(range(coupling.units)):
+        if index not in kept:
+            del blocks[index]
+    for new, old in enumerate(kept):
+        for part in blocks[new].modules():
+            if getattr(part, "layer_idx", None) == old:
+                part.layer_idx = new  # type: ignore[assignment]
+    for config, key in keys:
+        _set_depth(config, key, kept, coupling.units)
+    holder = model.get_submodule(coupling.name.rpartition(".")[0])
+    for key in ("n_layers", "num_layers", "num_hidden_layers"):
+        if getattr(holder, key, None) == coupling.units:
+            setattr(holder, key, len(kept))
 
 
 def _keep_position_bias(blocks: nn.ModuleList, first: int) -> None:
@@ -117,7 +120,7 @@ def _set_depth(config: Any, key: str, kept: list[int], count: int) -> None:
 # ------------------------------------------------------------------------------------------- heads and channels
 
 
-def _cut(model: nn.Module, masks: dict[str, Tensor], couplings: list[Coupling]) -> None:
+def _cut(model: nn.Module, masks: Mapping[str, Tensor], couplings: list[Coupling]) -> None:
     keep: dict[tuple[str, int], Tensor] = {}
     for coupling in couplings:
         gone = _gone(model, masks, coupling)
@@ -137,7 +140,7 @@ def _cut(model: nn.Module, masks: dict[str, Tensor], couplings: list[Coupling]) 
         for module, attribute, amount in coupling.attributes:
             setattr(model.get_submodule(module), attribute, int((~gone).sum()) * amount)
     for (name, dim), kept in keep.items():
-        _narrow(model, masks, name, dim, kept.nonzero().flatten())
+        _narrow(model, name, dim, kept.nonzero().flatten())
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -154,8 +157,8 @@ def _matrix(model: nn.Module, name: str, tensor: Tensor | None = None) -> Tensor
     return value.t() if is_transposed(module) else value.flatten(1)
 
 
-def _narrow(model: nn.Module, masks: dict[str, Tensor], name: str, dim: int, index: Tensor) -> None:
-    """Keep some rows or columns of a parameter, of its mask and of the numbers that its layer has about it."""
+def _narrow(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    """Keep some rows or columns of a parameter, and change the sizes that its layer has about it."""
     module, attribute = _owner(model, name)
     value = cast(Tensor, getattr(module, attribute))
     cut = _select(value.data, is_transposed(module), dim, index)
@@ -164,8 +167,6 @@ def _narrow(model: nn.Module, masks: dict[str, Tensor], name: str, dim: int, ind
         value.data = cut
     else:
         module._buffers[attribute] = cut
-    if name in masks:
-        masks[name] = _select(masks[name], is_transposed(module), dim, index)
     if attribute == "weight":
         _refresh(module)
 
@@ -221,10 +222,10 @@ def _gone(model: nn.Module, masks: Mapping[str, Tensor], coupling: Coupling) -> 
 
 
 def _zero(model: nn.Module, masks: Mapping[str, Tensor], member: Member, units: int) -> Tensor:
-    """Of which units a slice is masked; vectors count as they are."""
+    """Of which units a slice is masked; a bias may as well be zero."""
     if member.parameter in masks:
         alive = _matrix(model, member.parameter, masks[member.parameter])
-    elif member.role == "weight":
+    elif member.role == "weight" or not member.of:
         return torch.zeros(units, dtype=torch.bool)
     else:
         alive = _matrix(model, member.parameter) != 0
@@ -260,7 +261,7 @@ def _fold(model: nn.Module, fold: Fold, constant: Tensor) -> None:
 
 def _facts(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
     """The shapes and numbers of every module."""
-    facts = {}
+    facts: dict[str, dict[str, dict[str, Any]]] = {}
     for name, module in model.named_modules():
         tensors = {**module._parameters, **module._buffers}
         facts[name] = {
@@ -308,18 +309,21 @@ def check(shrunk: Any) -> str | None:
         return "'shrunk' must be a table of tables"
     if not all(isinstance(name, str) and _is_count(count) for name, count in layers.items()):
         return "the layers in 'shrunk' must be whole numbers"
-    for name, changes in modules.items():
-        if not isinstance(changes, Mapping) or not set(changes) <= {"shapes", "attributes"}:
-            return f"'shrunk' says something unknown about '{name}'"
-        shapes, attributes = changes.get("shapes", {}), changes.get("attributes", {})
-        if not isinstance(shapes, Mapping) or not isinstance(attributes, Mapping):
-            return f"the shapes and attributes of '{name}' in 'shrunk' must be tables"
-        for shape in shapes.values():
-            if not isinstance(shape, (list, tuple)) or not all(_is_count(size) for size in shape):
-                return f"a shape of '{name}' in 'shrunk' is not a list of sizes"
-        for key, value in attributes.items():
-            if not (key in COUNTS and _is_count(value)) and not (key in FACTORS and type(value) in {int, float}):
-                return f"'shrunk' sets '{key}' of '{name}', which cannot be"
+    return next((problem for name, changes in modules.items() if (problem := _check_module(name, changes))), None)
+
+
+def _check_module(name: str, changes: Any) -> str | None:
+    if not isinstance(changes, Mapping) or not set(changes) <= {"shapes", "attributes"}:
+        return f"'shrunk' says something unknown about '{name}'"
+    shapes, attributes = changes.get("shapes", {}), changes.get("attributes", {})
+    if not isinstance(shapes, Mapping) or not isinstance(attributes, Mapping):
+        return f"the shapes and attributes of '{name}' in 'shrunk' must be tables"
+    for shape in shapes.values():
+        if not isinstance(shape, (list, tuple)) or not all(_is_count(size) for size in shape):
+            return f"a shape of '{name}' in 'shrunk' is not a list of sizes"
+    for key, value in attributes.items():
+        if not (key in COUNTS and _is_count(value)) and not (key in FACTORS and type(value) in {int, float}):
+            return f"'shrunk' sets '{key}' of '{name}', which cannot be"
     return None
 
 
@@ -342,8 +346,7 @@ def resize(model: nn.Module, shrunk: Mapping[str, Any]) -> None:
         if module is None:
             continue
         for key, shape in changes.get("shapes", {}).items():
-            old = module._parameters.get(key)
-            old = module._buffers.get(key) if old is None else old
+            old = {**module._buffers, **module._parameters}.get(key)
             if (
                 old is None
                 or old.dim() != len(shape)
@@ -363,7 +366,7 @@ def resize(model: nn.Module, shrunk: Mapping[str, Any]) -> None:
 
 def _place(model: nn.Module, name: str) -> nn.Module | None:
     """The module of a description, in a model with a head or without."""
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = str(getattr(model, "base_model_prefix", ""))
     for candidate in (name, join(prefix, name), name.removeprefix(f"{prefix}.") if prefix else name):
         try:
             return model.get_submodule(candidate)

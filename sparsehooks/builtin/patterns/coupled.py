@@ -29,11 +29,16 @@ class Coupled(Pattern):
         super().__init__(config)
         self.couplings: list[Coupling] = []
         self._lengths: dict[str, int] = {}
+        self._coupled = False
 
     def couple(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
         """Find the slices."""
         scored = {target.parameter for target in targets}
-        found, notes = find(model, self.what)
+        found, said = find(model, self.what)
+        notes = [
+            sentence for module, sentence in said if not module or any(name.startswith(f"{module}.") for name in scored)
+        ]
+        self._coupled = True
         self.couplings = []
         for coupling in found:
             weights = [member.parameter for member in coupling.weights]
@@ -70,6 +75,9 @@ class Coupled(Pattern):
         return None
 
     def _active(self, scores: Mapping[str, Tensor]) -> list[tuple[Coupling, list[Member]]]:
+        if not self._coupled:  # without a model a matrix is a unit of its own
+            wholes = {name: Member(name, 0, len(score)) for name, score in scores.items()}
+            return [(Coupling(name, 1, (whole,), self.what), [whole]) for name, whole in wholes.items()]
         active = []
         for coupling in self.couplings:
             members = [member for member in coupling.weights if member.parameter in scores]

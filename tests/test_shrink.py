@@ -1,0 +1,517 @@
+"""Shrinking: what is masked as a whole leaves the model, the outputs stay, and the folder opens again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import VOCABULARY, same_state, tiny_bert, tiny_llama
+from torch import nn
+from torch.nn import functional as F
+
+import sparsehooks
+from sparsehooks import targets
+from sparsehooks.artifact.quantizer import SparseHooksConfig, arm
+from sparsehooks.builtin.patterns.coupled import Channel, Head, Layer
+from sparsehooks.builtin.patterns.tiles import Column, Row
+from sparsehooks.errors import ArtifactError
+from sparsehooks.shrinking import shrink
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
+PATTERNS = {"head": Head, "channel": Channel, "layer": Layer}
+POST_NORM = {"bert", "roberta", "distilbert"}
+
+
+def _bert():
+    return tiny_bert(transformers.BertForSequenceClassification)
+
+
+def _roberta():
+    config = transformers.RobertaConfig(**TEXT, **SIZES, pad_token_id=1)
+    return transformers.RobertaForMaskedLM(config)
+
+
+def _distilbert():
+    return transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=VOCABULARY, dim=64, n_heads=4, n_layers=3, hidden_dim=96)
+    )
+
+
+def _gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=True
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _qwen(version):
+    config = getattr(transformers, f"Qwen{version}Config")(
+        **TEXT,
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        use_sliding_window=True,
+        sliding_window=4,
+    )
+    return getattr(transformers, f"Qwen{version}ForCausalLM")(config)
+
+
+def _mistral():
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(**TEXT, **SIZES, num_key_value_heads=2, sliding_window=4)
+    )
+
+
+def _vit():
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, image_size=16, patch_size=4))
+
+
+def _t5(gated):
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=3,
+        num_decoder_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+MODELS = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "gpt2": _gpt2,
+    "llama": tiny_llama,
+    "qwen2": lambda: _qwen(2),
+    "qwen3": lambda: _qwen(3),
+    "mistral": _mistral,
+    "vit": _vit,
+    "t5": lambda: _t5(gated=False),
+    "t5-gated": lambda: _t5(gated=True),
+}
+
+
+def made(name):
+    torch.manual_seed(0)
+    return randomized(MODELS[name]())
+
+
+def randomized(model):
+    """Biases that are not zero, norms that are not one."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += torch.rand(module.running_mean.shape, generator=generator)
+            module.running_var += torch.rand(module.running_var.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model):
+    generator = torch.Generator().manual_seed(2)
+    if not isinstance(model, transformers.PreTrainedModel):
+        return model(torch.randn((2, 3, 8, 8), generator=generator))
+    if model.main_input_name == "pixel_values":
+        return model(torch.randn((2, 3, 16, 16), generator=generator))[0]
+    ids = torch.randint(2, VOCABULARY, (3, 10), generator=generator)
+    mask = (torch.arange(10) < torch.tensor([[10], [8], [7]])).long()
+    extra = {"decoder_input_ids": ids[:, :6]} if model.config.is_encoder_decoder else {}
+    result = model(input_ids=ids, attention_mask=mask, **extra)
+    return (result.logits if hasattr(result, "logits") else result.last_hidden_state)[:, :6]
+
+
+def masked(model, pattern, chosen, exclude=("lm_head", "*classifier", "*pooler*", "lm_head.decoder")):
+    """Mask units of a pattern in the model: ``chosen`` makes the bool mask of a number of units."""
+    named = {type(module).__name__ for module in model.modules()}
+    kinds = [kind for kind in ("Linear", "Conv1D", "Conv2d") if kind in named]
+    found, _ = targets.find(model, kinds, exclude)
+    assert pattern.couple(model, found) == []
+    weights = dict(model.named_parameters())
+    scores = {target.parameter: target.matrix(weights[target.parameter].detach()).abs() for target in found}
+    units = pattern.units(scores)
+    assert units
+    keep = {key: chosen(unit.numel()).reshape(unit.shape) for key, unit in units.items()}
+    by_name = {target.parameter: target for target in found}
+    masks = {
+        name: by_name[name].restore(mask).contiguous() if name in by_name else mask
+        for name, mask in pattern.expand(keep, scores).items()
+    }
+    for name, mask in masks.items():
+        assert mask.shape == weights[name].shape
+        weights[name].data *= mask
+    return masks
+
+
+def size(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def all_but_first_and_fourth(count):
+    return ~torch.isin(torch.arange(count), torch.tensor([0, 3]))
+
+
+def skipped(model, name, indices):
+    """The same model without some of its blocks, which hand on what they get."""
+
+    def skip(module, args, kwargs, output):
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    blocks = model.get_submodule(name)
+    return [blocks[index].register_forward_hook(skip, with_kwargs=True) for index in indices]
+
+
+@pytest.mark.parametrize("kind", ["head", "channel"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_stay(name, kind, tmp_path):
+    model = made(name)
+    whole, parameters = size(model), {id(parameter) for parameter in model.parameters()}
+    masks = masked(model, PATTERNS[kind](), all_but_first_and_fourth)
+    before = outputs(model)
+    shrunk = shrink(model, masks)
+    assert size(model) < whole
+    assert {id(parameter) for parameter in model.parameters()} == parameters
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+    assert shrink(model, {}) == json.loads(json.dumps(shrunk))  # the description is of the model, not of the change
+    reopened(model, shrunk, tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_go(name, tmp_path):
+    model = made(name)
+    whole = size(model)
+    pattern = Layer()
+    reference = made(name)
+    masks = masked(model, pattern, all_but_first_and_fourth)
+    expected = outputs(model)
+    if name in POST_NORM:
+        for coupling in pattern.couplings:
+            skipped(reference, coupling.name, [0])
+        expected = outputs(reference)
+    shrunk = shrink(model, masks)
+    assert size(model) < whole
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+    assert shrunk["layers"] == {coupling.name: coupling.units - 1 for coupling in pattern.couplings}
+    reopened(model, shrunk, tmp_path)
+
+
+def reopened(model, shrunk, folder):
+    arm(model, SparseHooksConfig(shrunk=shrunk))
+    sparsehooks.save_pretrained(model, folder / "model")
+    opened = type(model).from_pretrained(folder / "model")
+    assert same_state(opened, model)
+    assert torch.equal(outputs(opened), outputs(model))
+    transformers.AutoModel.from_pretrained(folder / "model")
+    return opened
+
+
+# ------------------------------------------------------------------------------------------ plain modules
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Identity()
+        if stride > 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
+class TinyResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.Sequential(Block(8, 8), Block(8, 12, 2), Block(12, 12))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.fc(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+
+
+class TinyLeNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3)
+        self.conv2 = nn.Conv2d(6, 8, 3)
+        self.fc1 = nn.Linear(8 * 4, 10)
+        self.fc2 = nn.Linear(10, 4)
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(torch.sigmoid(self.conv2(x)), 2)
+        x = x.view(x.size(0), -1)
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+class Depthwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(F.silu(self.point(self.deep(self.first(x))))).mean((2, 3))
+
+
+PLAIN = {"resnet": TinyResNet, "lenet": TinyLeNet, "depthwise": Depthwise}
+
+
+def plain(name):
+    torch.manual_seed(0)
+    return randomized(PLAIN[name]())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_channels_of_plain_modules(name, tmp_path):
+    model, pattern = plain(name), Channel()
+    whole = size(model)
+    masks = masked(model, pattern, all_but_first_and_fourth, exclude=())
+    before = outputs(model)
+    shrunk = shrink(model, masks)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+    assert size(model) < whole
+    assert shrunk["modules"]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert (module.out_channels, module.in_channels // module.groups) == module.weight.shape[:2]
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.running_mean) == len(module.weight)
+    model.train()(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+def test_sums_join_channels():
+    pattern = Channel()
+    model = plain("resnet")
+    found, _ = targets.find(model, ["Conv2d", "Linear"], [])
+    assert pattern.couple(model, found) == []
+    assert [coupling.name for coupling in pattern.couplings] == [
+        "stem.0",
+        "blocks.0.conv1",
+        "blocks.1.conv1",
+        "blocks.1.conv2",
+        "blocks.2.conv1",
+    ]
+    assert {member.parameter for member in pattern.couplings[0].weights} == {
+        "stem.0.weight",
+        "blocks.0.conv1.weight",
+        "blocks.0.conv2.weight",
+        "blocks.1.conv1.weight",
+        "blocks.1.shortcut.0.weight",
+    }
+
+
+def test_grouped_convolutions_stay_whole():
+    pattern = Channel()
+    model = plain("depthwise")
+    found, _ = targets.find(model, ["Conv2d"], [])
+    assert pattern.couple(model, found) == []
+    assert [coupling.name for coupling in pattern.couplings] == ["point"]
+
+
+# ----------------------------------------------------------------------------------------- rows and columns
+
+
+def some(count):
+    return torch.arange(count) % 4 != 1
+
+
+@pytest.mark.parametrize("pattern", [Row, Column])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "vit", "t5", "llama"])
+def test_rows_and_columns_of_feed_forward_layers_go(name, pattern):
+    model = made(name)
+    whole = size(model)
+    names = {"bert": "intermediate", "distilbert": "lin1", "gpt2": "c_fc", "vit": "fc1", "t5": "wi", "llama": "up_proj"}
+    consumers = {"bert": "output", "distilbert": "lin2", "gpt2": "mlp.c_proj", "vit": "fc2", "t5": "wo"}
+    place = names[name] if pattern is Row else consumers.get(name, "down_proj")
+    masks = {}
+    for parameter, value in model.named_parameters():
+        wide = (96, 128, 256)  # features inside the feed-forward layers
+        if f"{place}." not in parameter or value.dim() != 2:
+            continue
+        transposed = name == "gpt2"
+        matrix = value.data.t() if transposed else value.data
+        if matrix.shape[0 if pattern is Row else 1] not in wide:
+            continue
+        keep = some(matrix.shape[0 if pattern is Row else 1])
+        mask = (keep[:, None] if pattern is Row else keep[None]).expand(matrix.shape)
+        masks[parameter] = (mask.t() if transposed else mask).contiguous()
+        value.data *= masks[parameter]
+    assert masks
+    before = outputs(model)
+    assert shrink(model, masks)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+    assert size(model) < whole
+
+
+def test_constants_move_into_the_bias_of_plain_layers():
+    model = plain("lenet")
+    masks = {}
+    for name in ("conv1", "conv2", "fc1"):
+        weight = model.get_submodule(name).weight
+        mask = some(len(weight)).reshape(-1, *[1] * (weight.dim() - 1)).expand_as(weight).contiguous()
+        weight.data *= mask
+        masks[f"{name}.weight"] = mask
+    before = outputs(model)
+    shrink(model, masks)
+    assert [len(model.get_submodule(name).weight) for name in ("conv1", "conv2", "fc1")] == [4, 8, 7]
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- edges
+
+
+def none(count):
+    return torch.zeros(count, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_one_of_everything_stays(kind):
+    model = made("llama")
+    masks = masked(model, PATTERNS[kind](), none)
+    before = outputs(model)
+    shrink(model, masks)
+    attention = model.model.layers[0].self_attn
+    assert len(model.model.layers) == (1 if kind == "layer" else 2)
+    assert attention.k_proj.out_features == (32 if kind == "channel" else 16)
+    if kind != "layer":
+        torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_cut():
+    model = made("bert")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert shrink(model, {}) == {}
+    half = {"bert.encoder.layer.0.attention.self.query.weight": torch.zeros(64, 64, dtype=torch.bool)}
+    assert shrink(model, half) == {}  # without its values' rows a head still gives its values' mean
+    assert same_state(model, state)
+    assert "shrunk" not in SparseHooksConfig(shrunk={}).to_dict()
+
+
+def test_everything_together_and_twice(tmp_path):
+    model = made("qwen3")
+    masks = masked(model, Layer(), lambda count: torch.arange(count) != 1)
+    masks |= masked(model, Head(), lambda count: torch.arange(count) != 0, exclude=("lm_head", "model.layers.1.*"))
+    before = outputs(model)
+    first = shrink(model, masks)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+    assert model.config.layer_types == ["full_attention", "full_attention"]
+    model = reopened(model, first, tmp_path)
+    model.eval()
+    masks = masked(model, Channel(), all_but_first_and_fourth)
+    before = outputs(model)
+    second = shrink(model, masks)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
+    assert second["layers"] == first["layers"]
+    assert first["modules"].keys() < second["modules"].keys()
+    reopened(model, second, tmp_path / "again")
+
+
+def test_generation_with_a_cache():
+    model = made("llama")
+    masks = masked(model, Head(), all_but_first_and_fourth)
+    masks |= masked(model, Layer(), lambda count: torch.arange(count) > 0)
+    prompt = torch.arange(2, 8)[None]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(prompt, **settings)
+    shrink(model, masks)
+    assert torch.equal(model.generate(prompt, **settings), before)
+
+
+OPEN = """
+import sys, torch, sparsehooks, transformers
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+base = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
+given = torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(model(given["ids"]).logits, given["logits"])
+    assert torch.equal(base(given["ids"]).last_hidden_state, given["states"])
+    assert base.encoder.layer[0].attention.self.num_attention_heads == 1
+"""
+
+
+def test_opens_in_another_process(tmp_path):
+    model = made("bert")
+    shrunk = shrink(model, masked(model, Head(), all_but_first_and_fourth))
+    arm(model, SparseHooksConfig(shrunk=shrunk))
+    sparsehooks.save_pretrained(model, tmp_path / "model")
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        given = {"ids": ids, "logits": model(ids).logits, "states": model.bert(ids).last_hidden_state}
+    torch.save(given, tmp_path / "given.pt")
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "model"), str(tmp_path / "given.pt")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    "shrunk",
+    [
+        [],
+        {"more": {}},
+        {"modules": []},
+        {"layers": {"bert.encoder.layer": 0}},
+        {"modules": {QUERY: []}},
+        {"modules": {QUERY: {"code": {}}}},
+        {"modules": {QUERY: {"shapes": []}}},
+        {"modules": {QUERY: {"shapes": {"weight": 32}}}},
+        {"modules": {QUERY: {"shapes": {"weight": [32, -1]}}}},
+        {"modules": {QUERY: {"shapes": {"weight": [32, True]}}}},
+        {"modules": {QUERY: {"attributes": {"forward": 1}}}},
+        {"modules": {QUERY: {"attributes": {"out_features": "32"}}}},
+        {"modules": {QUERY: {"attributes": {"out_features": 0}}}},
+    ],
+)
+def test_damaged_descriptions(shrunk):
+    with pytest.raises(ArtifactError, match=r"config.json: quantization_config is damaged: .*shrunk.*; get the file"):
+        SparseHooksConfig(shrunk=shrunk)
+
+
+@pytest.mark.parametrize(
+    "shrunk",
+    [
+        {"layers": {"bert.encoder.layer": 1}},
+        {"layers": {"bert.encoder": 1}},
+        {"modules": {QUERY: {"shapes": {"weight": [32]}}}},
+        {"modules": {QUERY: {"shapes": {"weight": [1 << 40, 64]}}}},
+        {"modules": {QUERY: {"shapes": {"else": [32, 64]}}}},
+        {"modules": {QUERY: {"attributes": {"num_heads": 1}}}},
+    ],
+)
+def test_descriptions_that_do_not_fit(shrunk, tmp_path):
+    model = made("bert")
+    sparsehooks.save_pretrained(model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["shrunk"] = shrunk
+    path.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"config.json is damaged: .*'shrunk'.*; get the file again"):
+        type(model).from_pretrained(tmp_path / "model")
