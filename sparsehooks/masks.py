@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,31 @@ class MaskChange:
     total: int
 
 
-def top_counts(scores: Mapping[str, Tensor], keep: int) -> dict[str, int]:
+def top_counts(scores: Mapping[str, Tensor], keep: int, floor: float | None = None) -> dict[str, int]:
     """How many of the ``keep`` largest scores of all tensors together lie in each tensor.
 
     Args:
         scores: floating point, not NaN, any shapes.
         keep: between 0 and the number of scores.
+        floor: the least share of each tensor that is taken, at least one score; what it takes the others give, as far
+            as they can. None takes what the scores say.
     """
+    counts = _top_counts(scores, keep)
+    least = {} if floor is None else least_counts({name: score.numel() for name, score in scores.items()}, floor)
+    raised: dict[str, int] = {}
+    while below := [name for name in least if name not in raised and counts[name] < least[name]]:
+        raised |= {name: least[name] for name in below}
+        rest = {name: score for name, score in scores.items() if name not in raised}
+        counts = {**_top_counts(rest, max(keep - sum(raised.values()), 0)), **raised}
+    return {name: counts[name] for name in scores}
+
+
+def least_counts(sizes: Mapping[str, int], floor: float) -> dict[str, int]:
+    """How many units of each matrix stay at least: the share ``floor`` of them, and one."""
+    return {name: max(1, math.ceil(floor * size)) for name, size in sizes.items()}
+
+
+def _top_counts(scores: Mapping[str, Tensor], keep: int) -> dict[str, int]:
     names = list(scores)
     if keep <= 0:
         return dict.fromkeys(names, 0)

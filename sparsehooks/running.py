@@ -139,6 +139,7 @@ class PruneRun:
         moment = max(step, first)
         share, before = schedule.at(moment, run.total_steps), self._share
         self._share = share
+        schedule.acted()
         if share < before and schedule.adaptive:
             return run.masks.step_back()
         if run.calibrate is not None and (self._stage.components.get("solver") or pruner.needs):

@@ -205,7 +205,7 @@ def test_feedback_steps_back_and_returns_what_it_took():
 
     given = recipe(
         sparsity=0.8,
-        schedule={"use": "feedback", "metric": "accuracy", "drop": 0.1, "step": 0.25, "start": 0.0, "end": 1.0},
+        schedule={"use": "feedback", "metric": "accuracy", "drop": 0.1, "raise_by": 0.25, "start": 0.0, "end": 1.0},
     )
     train(net(), given, steps=8, each=each, lr=0.0)
     sparsities = [round(state[0], 2) for state in states]

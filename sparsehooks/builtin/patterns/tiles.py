@@ -42,11 +42,15 @@ class Tiles(Pattern):
 
     def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Each unit's tile."""
-        masks = {}
+        return self.spread(keep, scores)
+
+    def spread(self, values: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The value of each weight's tile."""
+        spread = {}
         for name, score in scores.items():
             height, width = self.tile(score.shape)
-            masks[name] = keep[name].repeat_interleave(height, 0).repeat_interleave(width, 1)
-        return masks
+            spread[name] = values[name].repeat_interleave(height, 0).repeat_interleave(width, 1)
+        return spread
 
 
 @dataclass(frozen=True)

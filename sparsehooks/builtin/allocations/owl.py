@@ -1,0 +1,75 @@
+"""Outlier-weighed layer-wise sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsehooks import Allocation, least_counts
+from sparsehooks.builtin.allocations.over_all import Options as Floor
+
+
+@dataclass(frozen=True)
+class Options(Floor):
+    """The options of OWL.
+
+    Attributes:
+        outlier: how many times the mean of its layer a score must exceed.
+        spread: how far a layer's sparsity may lie from the mean.
+    """
+
+    outlier: float = 5.0
+    spread: float = 0.08
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outlier <= 0 or not 0.0 < self.spread < 1.0:
+            raise ValueError("'outlier' must be positive and 'spread' in (0, 1)")
+
+
+class Owl(Allocation):
+    """Layers with more outliers keep more (Yin et al. 2023, arXiv:2310.05175, section 3.2).
+
+    The share of scores above ``outlier`` times their mean, scaled to a range of twice ``spread`` over all layers, is
+    added to the density. The mean weighs each layer by its units, so that the whole meets the budget.
+    """
+
+    Config = Options
+    config: Options
+
+    def keep(
+        self, units: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], sparsity: float
+    ) -> Mapping[str, int]:
+        """The budget, moved between layers."""
+        sizes = {name: unit.numel() for name, unit in units.items()}
+        shares = {name: self._outliers(unit) for name, unit in units.items()}
+        low, high = min(shares.values()), max(shares.values())
+        spread = min(self.config.spread, sparsity, 1 - sparsity)
+        scaled = {n: (share - low) / (high - low) * 2 * spread if high > low else 0.0 for n, share in shares.items()}
+        mean = sum(scaled[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        least = least_counts(sizes, self.config.floor) if sparsity < 1 else dict.fromkeys(sizes, 0)
+        wanted = {n: (1 - sparsity + scaled[n] - mean) * size for n, size in sizes.items()}
+        return _rounded(wanted, sizes, least, sum(sizes.values()) - round(sparsity * sum(sizes.values())))
+
+    def _outliers(self, unit: Tensor) -> float:
+        here = unit[unit != float("-inf")].float()
+        return float((here > self.config.outlier * here.mean()).float().mean()) if here.numel() else 0.0
+
+
+def _rounded(
+    wanted: Mapping[str, float], sizes: Mapping[str, int], least: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Whole numbers within their bounds whose sum is the budget, where that can be."""
+    counts = {name: min(sizes[name], max(least[name], int(value))) for name, value in wanted.items()}
+    while missing := budget - sum(counts.values()):
+        step = 1 if missing > 0 else -1
+        free = [n for n in counts if (counts[n] < sizes[n] if step > 0 else counts[n] > least[n])]
+        if not free:
+            break
+        each = max(1, abs(missing) // len(free))
+        for name in free:
+            room = sizes[name] - counts[name] if step > 0 else counts[name] - least[name]
+            counts[name] += step * min(each, room, abs(budget - sum(counts.values())))
+    return counts
