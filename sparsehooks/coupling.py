@@ -6,6 +6,8 @@ understood is said in a sentence, and stays whole.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["weight", "vector", "follower"]
-"""A matrix that may be scored; a bias or norm that is masked with it; what only changes its size (running mean)."""
+"""A matrix that may be scored; what is masked with it (a bias or norm); what only changes its size (running mean)."""
 
 QKV = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))
 OUTPUT = ("o_proj", "out_proj", "out_lin", "o", "dense")
@@ -34,6 +36,7 @@ FEED_FORWARD = (
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("intermediate.dense",), "output.dense"),
 )
+RELATIVE = re.compile(r"(^|\.)rel(ative)?_[a-z_]*bias$")
 ACTIVATIONS = (
     "act",
     "act_fn",
@@ -204,7 +207,8 @@ def find(model: nn.Module, kind: str) -> Found:
     left = []
     for coupling in found:
         if parameter := next((member.parameter for member in coupling.members if member.parameter in tied), None):
-            module = parameter.rpartition(".")[0]
+            own = [member.parameter for member in coupling.weights if member.parameter not in tied] or [parameter]
+            module = own[-1].rpartition(".")[0]
             notes.append(
                 (module, f"the {kind}s of '{coupling.name}' stay whole: '{parameter}' is tied to another weight")
             )
@@ -230,6 +234,13 @@ def heads(model: nn.Module) -> Found:
             joint.setdefault(_without_index(name, blocks), []).append((result, module))
         elif result is not None:
             found.append(result)
+    inside = tuple(f"{coupling.name}." for group in joint.values() for coupling, _ in group)
+    outside = [name for name, _ in model.named_modules() if RELATIVE.search(name) and not name.startswith(inside)]
+    if outside and found:  # one bias of as many heads for all blocks
+        notes += [
+            (one.name, f"the heads of '{one.name}' stay whole: '{outside[0]}' may be about heads") for one in found
+        ]
+        found = []
     for name, group in joint.items():
         if len({coupling.units for coupling, _ in group}) > 1:
             why = "the blocks share position biases, but have different numbers of heads"
@@ -451,20 +462,57 @@ def layers(model: nn.Module) -> Found:
     found = []
     notes = []
     for name, blocks in _containers(model).items():
-        if not depth_keys(model, name):
-            notes.append((name, f"the layers of '{name}' stay whole: the config does not say how many there are"))
+        if why := _uneven(model, name):
+            notes.append((name, f"the layers of '{name}' stay whole: {why}"))
             continue
         members: list[Member] = []
         for index, block in enumerate(blocks):
             prefix = join(name, str(index))
             matrices = {f"{part}.weight" for part, layer in block.named_modules() if is_linear(layer)}
             for parameter, value in block.named_parameters():
-                whole: Role = "weight" if parameter in matrices else "vector" if value.dim() == 1 else "follower"
-                members.append(Member(f"{prefix}.{parameter}", 0, value.shape[0], role=whole, unit=index))
+                shared_bias = "relative_attention_bias" in parameter  # of all blocks, wherever it is kept
+                role: Role = "weight" if parameter in matrices else "follower" if shared_bias else "vector"
+                members.append(Member(f"{prefix}.{parameter}", 0, value.shape[0], role=role, unit=index))
         found.append(Coupling(name, len(blocks), tuple(members), "layer"))
     if not found and not notes:
         notes.append(("", f"{type(model).__name__} has no list of blocks with an attention each"))
     return found, notes
+
+
+def _uneven(model: nn.Module, container: str) -> str | None:
+    """Why blocks cannot be taken out, asked of models that have no memory."""
+    from transformers import PreTrainedModel
+
+    if not depth_keys(model, container):
+        return "the config does not say how many there are"
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            whole = type(model)(copy.deepcopy(model.config))
+            count = len(cast(nn.ModuleList, whole.get_submodule(container)))
+            for config, key in depth_keys(whole, container):
+                set_depth(config, key, list(range(1, count)), count)
+            less = type(model)(type(model.config).from_dict(whole.config.to_dict()))
+        shapes = [
+            {name: value.shape for name, value in block.named_parameters() if "relative_attention_bias" not in name}
+            for one in (whole, less)
+            for block in cast(nn.ModuleList, one.get_submodule(container))
+        ]
+    except Exception as error:  # noqa: BLE001 - whatever a config or a model checks
+        why = str(error).strip().split("\n", maxsplit=1)[0]
+        return f"{type(model).__name__} cannot have one less ({why})"
+    if len(shapes) != 2 * count - 1:
+        return "the config does not say how many there are"
+    return None if all(one == shapes[0] for one in shapes) else "they are not alike"
+
+
+def set_depth(config: Any, key: str, kept: list[int], count: int) -> None:
+    """Tell a config which blocks stay: their number, and what it says about each."""
+    for other, value in list(vars(config).items()):
+        if "layer" in other and isinstance(value, (list, tuple)) and len(value) == count:  # of each its type
+            setattr(config, other, type(value)(value[index] for index in kept))
+    setattr(config, key, len(kept))
 
 
 def depth_keys(model: nn.Module, container: str) -> list[tuple[Any, str]]:

@@ -13,7 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.coupling import Coupling, Fold, Member, depth_keys, features, find, is_linear, is_transposed, join
+from sparsehooks.coupling import (
+    Coupling,
+    Fold,
+    Member,
+    depth_keys,
+    features,
+    find,
+    is_linear,
+    is_transposed,
+    join,
+    set_depth,
+)
 
 COUNTS = frozenset(
     {
@@ -25,6 +36,10 @@ COUNTS = frozenset(
 """The attributes of modules that a description may set to another whole number."""
 FACTORS = frozenset({"scaling"})
 """Those that it may set to another number."""
+
+
+NUMBERS = ("layer_idx", "layer_id", "layer_index", "block_idx")
+"""Where a module keeps the number of its block."""
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -76,10 +91,11 @@ def _keep_blocks(model: nn.Module, coupling: Coupling, kept: list[int]) -> None:
             del blocks[index]
     for new, old in enumerate(kept):
         for part in blocks[new].modules():
-            if getattr(part, "layer_idx", None) == old:
-                part.layer_idx = new  # type: ignore[assignment]
+            for key in NUMBERS:
+                if getattr(part, key, None) == old:
+                    setattr(part, key, new)
     for config, key in keys:
-        _set_depth(config, key, kept, coupling.units)
+        set_depth(config, key, kept, coupling.units)
     holder = model.get_submodule(coupling.name.rpartition(".")[0])
     for key in ("n_layers", "num_layers", "num_hidden_layers"):
         if getattr(holder, key, None) == coupling.units:
@@ -108,13 +124,6 @@ def _rename(masks: dict[str, Tensor], container: str, numbers: Mapping[int, int]
             renamed[join(container, str(numbers[int(index)]), rest)] = mask
     masks.clear()
     masks.update(renamed)
-
-
-def _set_depth(config: Any, key: str, kept: list[int], count: int) -> None:
-    for other, value in list(vars(config).items()):
-        if "layer" in other and isinstance(value, (list, tuple)) and len(value) == count:  # of each its type
-            setattr(config, other, type(value)(value[index] for index in kept))
-    setattr(config, key, len(kept))
 
 
 # ------------------------------------------------------------------------------------------- heads and channels
@@ -281,7 +290,7 @@ def _describe(model: nn.Module, before: dict[str, dict[str, dict[str, Any]]], de
     earlier: dict[str, Any] = {}
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             before = _facts(type(model)(config))
         earlier = dict(getattr(getattr(model.config, "quantization_config", None), "shrunk", {}).get("layers", {}))
     modules = {}

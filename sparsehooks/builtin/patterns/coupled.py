@@ -28,7 +28,7 @@ class Coupled(Pattern):
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
         self.couplings: list[Coupling] = []
-        self._lengths: dict[str, int] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._coupled = False
 
     def couple(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
@@ -49,10 +49,10 @@ class Coupled(Pattern):
                 notes.append(f"the {self.what}s of '{coupling.name}' stay whole: '{missing}' is not a target")
             else:
                 self.couplings.append(coupling)
-        vectors = {member.parameter for coupling in self.couplings for member in coupling.members}
-        self._lengths = {
-            name: len(value) for name, value in model.named_parameters() if name in vectors and value.dim() == 1
+        along = {
+            member.parameter for coupling in self.couplings for member in coupling.members if member.role == "vector"
         }
+        self._shapes = {name: value.shape for name, value in model.named_parameters() if name in along}
         if not self.couplings and not notes:
             notes.append(f"{type(model).__name__} has no {self.what}s among its targets")
         return notes
@@ -107,7 +107,7 @@ class Coupled(Pattern):
             for member in coupling.members:
                 name = member.parameter
                 if member.role == "vector" and (not member.of or member.of in scores):
-                    masks.setdefault(name, torch.ones(self._lengths[name], dtype=torch.bool, device=device))
+                    masks.setdefault(name, torch.ones(self._shapes[name], dtype=torch.bool, device=device))
                 if name in masks:
                     member.narrow(masks[name], keep[coupling.name])
         return masks
