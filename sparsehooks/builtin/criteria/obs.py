@@ -12,6 +12,10 @@ from torch import Tensor
 from sparsehooks import Criterion, Need, WeightView
 
 
+CHUNK = 4096
+"""Blocks that are inverted at once."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of OBS.
@@ -34,8 +38,8 @@ class Options:
 class Obs(Criterion):
     """The loss that a weight's removal costs to second order (Kurtic et al. 2022, arXiv:2203.07259, equations 3 and 7).
 
-    The inverse of the block-diagonal empirical Fisher matrix is kept by rank-one updates (Woodbury); it holds
-    ``block`` numbers a weight.
+    The blocks of the empirical Fisher matrix are summed up, ``block`` float32 numbers a weight, and inverted in float64
+    when they are used: the rank-one updates of the inverse in the paper lose their digits in float32.
     """
 
     Config = Options
@@ -45,38 +49,39 @@ class Obs(Criterion):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.samples = self.config.samples
-        self._inverse: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}
         self._used: set[str] = set()
 
     def collect(self, view: WeightView) -> None:
-        """``F^-1 <- F^-1 - (F^-1 g)(F^-1 g)^T / (m + g^T F^-1 g)`` for each block."""
+        """``F <- F + g g^T / m`` for each block."""
         assert view.gradient is not None
         gradient = self._blocks(view.gradient)
-        inverse = self._inverse.get(view.name)
-        if inverse is None or view.name in self._used:  # each update sees gradients of its own
+        added = torch.einsum("bi,bj->bij", gradient, gradient / self.samples)
+        if view.name in self._fisher and view.name not in self._used:
+            self._fisher[view.name] += added
+        else:  # each update sees gradients of its own
+            self._fisher[view.name] = added
             self._used.discard(view.name)
-            eye = torch.eye(gradient.shape[1], device=gradient.device) / self.config.damping
-            inverse = eye.repeat(len(gradient), 1, 1)
-        moved = torch.einsum("bij,bj->bi", inverse, gradient)
-        scale = self.samples + torch.einsum("bi,bi->b", gradient, moved)
-        self._inverse[view.name] = inverse - torch.einsum("bi,bj->bij", moved, moved / scale[:, None])
 
     def score(self, view: WeightView) -> Tensor:
         """``w^2 / (2 (F^-1)_qq)``."""
-        inverse = self._inverse.get(view.name)
-        if inverse is None:
-            return view.weight.float().square()
+        fisher = self._fisher[view.name]
         self._used.add(view.name)
-        diagonal = inverse.diagonal(dim1=1, dim2=2).flatten()[: view.weight.numel()].reshape(view.weight.shape)
-        return view.weight.float().square() / (2 * diagonal.clamp(min=torch.finfo(torch.float32).tiny))
+        damping = self.config.damping * torch.eye(fisher.shape[1], dtype=torch.float64, device=fisher.device)
+        diagonals = [
+            torch.cholesky_inverse(torch.linalg.cholesky(part.double() + damping)).diagonal(dim1=1, dim2=2)
+            for part in fisher.split(CHUNK)
+        ]
+        diagonal = torch.cat(diagonals).flatten()[: view.weight.numel()].reshape(view.weight.shape)
+        return (view.weight.double().square() / (2 * diagonal)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The inverses that no update has used yet."""
-        return {name: inverse for name, inverse in self._inverse.items() if name not in self._used}
+        """The matrices that no update has used yet."""
+        return {name: fisher for name, fisher in self._fisher.items() if name not in self._used}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
-        self._inverse = dict(state)
+        self._fisher = {name: fisher.clone() for name, fisher in state.items()}
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         flat = matrix.flatten().float()
