@@ -38,6 +38,8 @@ FACTORS = frozenset({"scaling"})
 """Those that it may set to another number."""
 
 
+MARK = "_shrunk_layers"
+"""The attribute of a model that was shrunk, here or before it was saved: the number of its blocks, where some went."""
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "block_idx")
 """Where a module keeps the number of its block."""
 
@@ -58,13 +60,16 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
         what a model made of the config alone does not have: {"modules": {name: {"shapes", "attributes"}},
         "layers": {name: count}}; empty if nothing was ever cut.
     """
+    from transformers import PreTrainedModel
+
     before = _facts(model)
     masks = dict(masks)
     with torch.no_grad():
         depths = _cut_layers(model, masks)
         couplings = [coupling for kind in ("head", "channel") for coupling in find(model, kind)[0]]
         _cut(model, masks, couplings)
-    return _describe(model, before, depths)
+    setattr(model, MARK, {**getattr(model, MARK, {}), **depths})
+    return describe(model) if isinstance(model, PreTrainedModel) else _difference(model, before)
 
 
 # -------------------------------------------------------------------------------------------------------- blocks
@@ -284,28 +289,23 @@ def _facts(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
     return facts
 
 
-def _describe(model: nn.Module, before: dict[str, dict[str, dict[str, Any]]], depths: dict[str, int]) -> dict[str, Any]:
-    from transformers import PreTrainedModel
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a transformers model has that one made of its config has not, as ``shrink`` returns it."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        made = type(model)(copy.deepcopy(cast(Any, model).config))
+    return _difference(model, _facts(made))
 
-    earlier: dict[str, Any] = {}
-    if isinstance(model, PreTrainedModel):
-        config = copy.deepcopy(model.config)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            before = _facts(type(model)(config))
-        earlier = dict(getattr(getattr(model.config, "quantization_config", None), "shrunk", {}).get("layers", {}))
+
+def _difference(model: nn.Module, before: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     modules = {}
     for name, facts in _facts(model).items():
-        changed = {
-            kind: {
-                key: value
-                for key, value in values.items()
-                if before.get(name, {}).get(kind, {}).get(key, value) != value
-            }
-            for kind, values in facts.items()
-        }
+        changed = {}
+        for kind, values in facts.items():
+            old = before.get(name, {}).get(kind, {})
+            changed[kind] = {key: value for key, value in values.items() if old.get(key, value) != value}
         if any(changed.values()):
             modules[name] = {kind: values for kind, values in changed.items() if values}
-    found = {"modules": modules, "layers": {**earlier, **depths}}
+    found = {"modules": modules, "layers": dict(getattr(model, MARK, {}))}
     return {key: value for key, value in found.items() if value}
 
 
@@ -346,6 +346,7 @@ def resize(model: nn.Module, shrunk: Mapping[str, Any]) -> None:
     Raises:
         ValueError: in one sentence, if the description does not fit the model.
     """
+    setattr(model, MARK, dict(shrunk.get("layers", {})))
     for name, count in shrunk.get("layers", {}).items():
         blocks = _place(model, name)
         if blocks is not None and not (isinstance(blocks, nn.ModuleList) and len(blocks) == count):

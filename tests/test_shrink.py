@@ -383,6 +383,56 @@ def test_constants_move_into_the_bias_of_plain_layers():
     torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------- sessions
+
+
+def recipe(pattern, **options):
+    stage = {
+        "prune": "magnitude",
+        "pattern": pattern,
+        "sparsity": 0.5,
+        "exclude": ["lm_head", "*pooler*", "classifier"],
+    }
+    stage |= {"schedule": {"use": "cubic", "start": 0.0, "end": 0.75, "every": 1}, **options}
+    return {"stage": [stage, {"shrink": True}]}
+
+
+def trained(model, recipe, steps=6):
+    """Train a causal model; the session."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with sparsehooks.attach(model, optimizer, recipe, total_steps=steps) as session:
+        for step in range(steps):
+            ids = torch.randint(2, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(step))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return session
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_session_shrinks_and_saves(pattern, tmp_path):
+    model = made("llama")
+    whole = size(model)
+    trained(model, recipe(pattern))
+    assert size(model) < whole
+    model.save_pretrained(tmp_path / "model")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert same_state(opened, model)
+    assert torch.equal(outputs(opened.eval()), outputs(model.eval()))
+
+
+def test_what_was_shrunk_is_trained_and_saved_again(tmp_path):
+    model = made("llama")
+    trained(model, recipe("head"))
+    model.save_pretrained(tmp_path / "model")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    trained(opened, {"stage": recipe("unstructured")["stage"][:1]})  # a recipe that does not shrink
+    opened.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert same_state(again, opened)
+    assert size(again) == size(model)
+
+
 # --------------------------------------------------------------------------------------------------- edges
 
 

@@ -108,8 +108,10 @@ class SparseHooksQuantizer(HfQuantizer):
                 "run 'sparsehooks decompress' and load the dense folder"
             )
         check_files(kwargs.get("checkpoint_files") or ())
+        shrunk = cast(SparseHooksConfig, self.quantization_config).shrunk
         try:
-            shrinking.resize(model, cast(SparseHooksConfig, self.quantization_config).shrunk)
+            if shrunk:
+                shrinking.resize(model, shrunk)
         except ValueError as error:
             raise ArtifactError(
                 f"{model.config.name_or_path!r}: config.json is damaged: {error}; get the file again"
@@ -235,13 +237,17 @@ class SparseHooksQuantizer(HfQuantizer):
 def arm(model: Any, config: SparseHooksConfig, *, level: Level = "balanced", signed_zeros: bool = False) -> None:
     """From now on ``save_pretrained``, ``trainer.save_model`` and ``push_to_hub`` write the sparse form.
 
-    A module that is no transformers model stays as it is.
+    A module that is no transformers model stays as it is. Of one that was shrunk, ever, the config says how.
     """
     from transformers import PreTrainedModel
+
+    from sparsehooks import shrinking
 
     if not isinstance(model, PreTrainedModel):
         return
     disarm(model)
+    if hasattr(model, shrinking.MARK):
+        config.shrunk = shrinking.describe(model)
     quantizer = SparseHooksQuantizer(config, pre_quantized=True)
     quantizer.level, quantizer.signed_zeros = level, signed_zeros
     quantizer.take_conversions(model)
