@@ -73,16 +73,75 @@ def _check_criterion(component: ComponentBase) -> None:
     import torch
 
     criterion = cast(Criterion, component)
+    assert criterion.acts in ("weight", "forward"), f"acts must be 'weight' or 'forward', got {criterion.acts!r}"
     for dtype in (torch.float32, torch.bfloat16):
         weight = _normal(6, 8, dtype=dtype)
-        view, before = WeightView("layer.weight", weight, 3), weight.clone()
+        made = criterion.prepare(WeightView("layer.weight", weight, 3))
+        again = criterion.prepare(WeightView("layer.weight", weight, 3))
+        assert all(tensor.dtype == torch.float32 for tensor in made.values()), "prepare() must make float32 tensors"
+        assert _equal(made, again), "prepare() must draw from view.generator()"
+        view, before = _full_view(weight, made), _full_view(weight.clone(), again)
+        for sample in range(criterion.samples):
+            criterion.collect(dataclasses.replace(view, gradient=_normal(6, 8, seed=10 + sample, dtype=dtype)))
         score = criterion.score(view)
         assert score.shape == weight.shape, f"score() must have the weight's shape {tuple(weight.shape)}"
         assert score.is_floating_point(), f"score() must be floating point, got {score.dtype}"
+        assert not score.requires_grad, "score() must be detached"
         assert bool(score.isfinite().all()), "score() of finite weights must be finite"
-        assert _same(weight, before), "score() must leave the weight as it is"
-        again = criterion.score(WeightView("layer.weight", before, 3))
-        assert _same(score, again), "score() must be the same for the same view: draw from view.generator()"
+        assert _same(weight, before.weight), "score() must leave the weight as it is"
+        for name in ("gradient", "momentum", "input_norm", "gram"):
+            assert _same(getattr(view, name), getattr(before, name)), f"score() must leave view.{name} as it is"
+        assert _equal(view.learned, before.learned), "score() must leave what is learned as it is"
+        again_score = criterion.score(before)
+        assert _same(score, again_score), "score() must be the same for the same view: draw from view.generator()"
+        if criterion.acts == "forward":
+            _check_forward(criterion, before)
+
+
+def _check_forward(criterion: Criterion, view: WeightView) -> None:
+    """Of a criterion whose masks act on the way into the layer: what the layer computes with, and what learns."""
+    import torch
+
+    mask = torch.arange(view.weight.numel()).reshape(view.weight.shape) % 3 != 0
+    for training in (False, True):
+        weight = view.weight.clone().requires_grad_()
+        learned = {name: tensor.clone().requires_grad_() for name, tensor in view.learned.items()}
+        given = dataclasses.replace(view, weight=weight, learned=learned, training=training)
+        effective = criterion.effective(given, mask)
+        assert effective.shape == weight.shape, "effective() must keep the weight's shape"
+        assert effective.dtype == weight.dtype, f"effective() must keep the dtype {weight.dtype}, got {effective.dtype}"
+        assert bool(effective.isfinite().all()), "effective() of finite weights must be finite"
+        assert training or not bool(effective[~mask].any()), "effective() must be zero where masked, in evaluation"
+        assert _same(weight, view.weight), "effective() must leave the weight as it is"
+        assert effective.requires_grad, "effective() must pass a gradient to the weight"
+        (effective.float() * _normal(*weight.shape, seed=5)).sum().backward()
+        assert weight.grad is not None, "effective() must pass a gradient to the weight"
+        assert bool(weight.grad.isfinite().all()), "effective() must pass a finite gradient"
+        assert bool(weight.grad.any()), "effective() must pass a gradient that is not zero"
+    penalty = criterion.penalty({"layer.weight": learned}, 0.5)
+    if penalty is not None:
+        assert penalty.dim() == 0, f"penalty() must be a scalar, got the shape {tuple(penalty.shape)}"
+        assert bool(penalty.isfinite()), "penalty() must be finite"
+        penalty.backward()
+    for name, tensor in learned.items():
+        assert tensor.grad is not None, f"'{name}' of prepare() must learn from effective() or penalty()"
+        assert bool(tensor.grad.isfinite().all()), f"the gradient of '{name}' must be finite"
+
+
+def _full_view(weight: Tensor, learned: Mapping[str, Tensor]) -> WeightView:
+    """A view with all that a criterion may need."""
+    inputs = _normal(40, weight.shape[1], seed=2)
+    return WeightView(
+        "layer.weight",
+        weight,
+        3,
+        gradient=_normal(*weight.shape, seed=3, dtype=weight.dtype),
+        momentum=_normal(*weight.shape, seed=4, dtype=weight.dtype),
+        input_norm=inputs.square().mean(dim=0).sqrt(),
+        gram=inputs.T @ inputs / len(inputs),
+        influence=0.25,
+        learned=learned,
+    )
 
 
 def _check_pattern(component: ComponentBase) -> None:
@@ -143,6 +202,9 @@ def _check_allocation(component: ComponentBase) -> None:
 
 def _check_schedule(component: ComponentBase) -> None:
     schedule = cast(Schedule, component)
+    if schedule.adaptive:
+        _check_adaptive(schedule)
+        return
     for index in range(101):
         value = schedule.sparsity(index / 100)
         assert 0 <= value <= 1, f"sparsity({index / 100}) = {value} is outside [0, 1]"
@@ -151,6 +213,33 @@ def _check_schedule(component: ComponentBase) -> None:
         last = schedule.window(total)[1]
         assert schedule.due(last, total), f"the masks must change at the window's last step {last}"
         assert schedule.at(last, total) == 1, "the target must hold exactly at the window's last step"
+
+
+def _check_adaptive(schedule: Schedule) -> None:
+    first, last = schedule.window(100)
+    for value in (1.0, 1.0, 0.0, 2.0, 1.0, 0.5):
+        schedule.observe(_Metrics(value))
+        share = schedule.at(first, 100)
+        assert 0 <= share <= 1, f"at() = {share} is outside [0, 1]"
+        due = [schedule.due(step, 100) for step in (first, last)]
+        assert [schedule.due(step, 100) for step in (first, last)] == due, "due() must only say, and change nothing"
+        assert schedule.at(first, 100) == share, "at() must change with observe() only"
+        schedule.acted()
+        assert not schedule.due(last, 100), "after acted() nothing must be due until the next observe()"
+
+
+class _Metrics(dict[str, float]):
+    """Every metric has the same value."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self._value = value
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> float:
+        return self._value
 
 
 def _check_regularizer(component: ComponentBase) -> None:
@@ -170,7 +259,9 @@ def _check_regularizer(component: ComponentBase) -> None:
             assert tensor.shape == weights[name].shape, f"{what} must have the weight's shape"
             assert bool(tensor.isfinite().all()), f"{what} of finite weights must be finite"
     if moved is not None:
-        assert all(bool((moved[n].norm() <= weights[n].norm())) for n in moved), "proximal() must not make weights larger"
+        assert all(bool(moved[n].norm() <= weights[n].norm()) for n in moved), (
+            "proximal() must not make weights larger"
+        )
     nothing = regularizer.gradient(weights, Row(), 0.0)
     assert nothing is None or not any(bool(tensor.any()) for tensor in nothing.values()), "strength 0 must do nothing"
     assert _equal(weights, before), "gradient() and proximal() must leave the weights as they are"

@@ -16,6 +16,7 @@ from sparsehooks import (
     PluginError,
     PluginManager,
     Quantizer,
+    Regularizer,
     Schedule,
     Support,
     hookimpl,
@@ -61,6 +62,64 @@ class WholeNumbers(Criterion):
 class Reciprocal(Criterion):
     def score(self, view):
         return (view.weight * 0).reciprocal()
+
+
+class Stubborn(Criterion):
+    """Writes to the evidence that others read too."""
+
+    def score(self, view):
+        return view.gradient.abs_()
+
+
+class Masking(Criterion):
+    """What the wrong criteria in the forward are made from."""
+
+    acts = "forward"
+
+    def score(self, view):
+        return view.weight.abs()
+
+
+class Stray(Masking):
+    def prepare(self, view):
+        return {"scores": torch.rand(view.weight.shape)}
+
+
+class Half(Masking):
+    def prepare(self, view):
+        return {"scores": torch.zeros(view.weight.shape, dtype=torch.bfloat16)}
+
+
+class Idle(Masking):
+    """Has something to learn, and no gradient for it."""
+
+    def prepare(self, view):
+        return {"scores": torch.zeros(view.weight.shape)}
+
+
+class Cut(Masking):
+    def effective(self, view, mask):
+        return (view.weight * mask).detach()
+
+
+class Unmasked(Masking):
+    def effective(self, view, mask):
+        return view.weight * 1
+
+
+class Widening(Masking):
+    def effective(self, view, mask):
+        return view.weight.float() * mask
+
+
+class Weighed(Masking):
+    """A penalty that is no scalar."""
+
+    def prepare(self, view):
+        return {"scores": torch.zeros(view.weight.shape)}
+
+    def penalty(self, learned, sparsity):
+        return torch.stack([tensors["scores"] for tensors in learned.values()])
 
 
 class Leaky(Pattern):
@@ -115,19 +174,19 @@ class Boastful(Pattern):
 
 
 class Spendthrift(Allocation):
-    def keep(self, units, sparsity):
+    def keep(self, units, shapes, sparsity):
         return {name: unit.numel() for name, unit in units.items()}
 
 
 class Fractional(Allocation):
-    def keep(self, units, sparsity):
+    def keep(self, units, shapes, sparsity):
         return {name: (1 - sparsity) * unit.numel() for name, unit in units.items()}
 
 
 class Unequal(Allocation):
     """The right total, with more units than the first layer has."""
 
-    def keep(self, units, sparsity):
+    def keep(self, units, shapes, sparsity):
         total = sum(unit.numel() for unit in units.values())
         return {**dict.fromkeys(units, 0), next(iter(units)): round((1 - sparsity) * total)}
 
@@ -140,6 +199,35 @@ class Short(Schedule):
 class Overshooting(Schedule):
     def sparsity(self, progress):
         return progress + 4 * progress * (1 - progress)
+
+
+class Restless(Schedule):
+    """Asks for the same masks again and again."""
+
+    adaptive = True
+
+    def sparsity(self, progress):
+        return 0.5
+
+    def at(self, step, total_steps):
+        return 0.5
+
+    def due(self, step, total_steps):
+        return True
+
+
+class Runaway(Restless):
+    def at(self, step, total_steps):
+        return 1.5
+
+
+class Growing(Regularizer):
+    def proximal(self, weights, pattern, step_sizes):
+        return {name: 2 * weight for name, weight in weights.items()}
+
+
+class Inert(Regularizer):
+    """Does nothing."""
 
 
 class Truncating(Quantizer):
@@ -338,6 +426,14 @@ WRONG = {
     Flat: "shape",
     WholeNumbers: "floating point",
     Reciprocal: "finite",
+    Stubborn: "leave view.gradient",
+    Stray: "draw from view.generator",
+    Half: "float32",
+    Idle: "must learn",
+    Cut: "pass a gradient",
+    Unmasked: "zero where masked",
+    Widening: "keep the dtype torch.bfloat16",
+    Weighed: "must be a scalar",
     Leaky: "all weights stay",
     BytesForBools: "bool masks",
     Choosy: "accept one of the shapes",
@@ -347,6 +443,10 @@ WRONG = {
     Unequal: "of 48 units",
     Short: "exactly 1",
     Overshooting: "outside",
+    Restless: "nothing must be due",
+    Runaway: "outside",
+    Growing: "make weights larger",
+    Inert: "do something",
     Truncating: "twice",
     Dead: "gradient that is not zero",
     TwoRoundings: "bit for bit",
