@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from sparsehooks.artifact.register import register
 
 if TYPE_CHECKING:
+    from sparsehooks.activations import activation_sparsity as activation_sparsity
     from sparsehooks.artifact.access import load_state_dict as load_state_dict, safe_open as safe_open
     from sparsehooks.artifact.convert import convert as convert
     from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
     from sparsehooks.artifact.write import save_pretrained as save_pretrained
+    from sparsehooks.calibration import Choose as Choose, LayerProblem as LayerProblem, Quantize as Quantize
     from sparsehooks.catalog import Component as Component, Registry as Registry
     from sparsehooks.components import (
+        Activation as Activation,
         Allocation as Allocation,
         Backend as Backend,
         Codec as Codec,
@@ -30,8 +33,10 @@ if TYPE_CHECKING:
         Quantizer as Quantizer,
         Regularizer as Regularizer,
         Schedule as Schedule,
+        Solver as Solver,
         Support as Support,
         Window as Window,
+        check_moment as check_moment,
     )
     from sparsehooks.errors import (
         ArtifactError as ArtifactError,
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
         straight_through as straight_through,
         top_counts as top_counts,
     )
+    from sparsehooks.permutation import permute_channels as permute_channels
     from sparsehooks.plan import Plan as Plan
     from sparsehooks.plugins import PluginManager as PluginManager
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
@@ -75,19 +81,22 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "activations": "activation_sparsity",
     "artifact.access": "load_state_dict safe_open",
     "artifact.convert": "convert",
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
+    "calibration": "Choose LayerProblem Quantize",
     "catalog": "Component Registry",
-    "components": "Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
-    "Regularizer Schedule Support Window",
+    "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
+    "Regularizer Schedule Solver Support Window check_moment",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
     "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",
     "loops.posttrain": "compress",
     "loops.trainer": "CompressionCallback attach_trainer",
-    "masks": "MaskChange straight_through top_counts",
+    "masks": "MaskChange least_counts straight_through top_counts",
+    "permutation": "permute_channels",
     "plan": "Plan",
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from sparsehooks.calibration import Choose, LayerProblem, Quantize
     from sparsehooks.targets import Target
 
 
@@ -161,6 +162,12 @@ class Pattern(ComponentBase):
         """
         return []
 
+    def arrange(self, model: nn.Module, targets: Sequence[Target], seed: int) -> None:
+        """Put the units of a new run in an order that suits the pattern, once; the model must compute the same.
+
+        Default: as they are.
+        """
+
     @abstractmethod
     def check(self, shape: Sequence[int]) -> str | None:
         """Why a matrix of this shape cannot be pruned in this pattern, in a few words, or None if it can."""
@@ -295,6 +302,9 @@ class Schedule(ComponentBase):
             SessionError: if what it follows is not among them.
         """
 
+    def acted(self) -> None:
+        """Hear that the masks have followed. Default: nothing to hear."""
+
     def rewind(self, total_steps: int) -> int | None:
         """The step to whose weights the survivors return after each update but the last; None: they go on. Default."""
         return None
@@ -341,6 +351,66 @@ class Regularizer(ComponentBase):
             step_sizes: by how much each weight moves for a unit of gradient, times the schedule's share: the learning
                 rate, or under Adam ``lr / (sqrt(v) + eps)``, a matrix (the diagonal metric).
         """
+        return None
+
+
+class Solver(ComponentBase):
+    """How are the survivors of a layer repaired, without training?"""
+
+    kind = "solver"
+
+    @abstractmethod
+    def solve(self, layer: LayerProblem, choose: Choose, quantize: Quantize | None = None) -> tuple[Tensor, Tensor]:
+        """Prune a layer so that its outputs on the calibration inputs change little.
+
+        Args:
+            layer: its weight, and how its inputs vary together; both are to be left as they are.
+            choose: ``choose(start, stop, weights, inverse_diagonal)`` says which weights of these columns stay (bool,
+                shape (rows, stop - start)), by what they are now and by what the inverse of the Gram matrix has on its
+                diagonal. To be called once for each column, from left to right; ``start`` and ``stop`` are multiples
+                of ``layer.group`` or the end.
+            quantize: ``quantize(weights, columns)`` puts these columns (a slice) on the grid that they will lie on;
+                zero stays zero.
+
+        Returns:
+            the new weight, float32, zero where the mask is False, and the mask, both of shape (rows, columns).
+        """
+
+
+# ----------------------------------------------------------------------------------------------- activations
+
+
+class Activation(ComponentBase):
+    """What makes the values between the layers sparse?
+
+    Attributes:
+        place: where it acts. ``"input"``: on what enters the target layers; ``"output"``: on what the activation
+            functions beside target layers return; ``"function"``: in place of the smooth ones of these functions.
+        calibrated: whether it needs a threshold, which is fitted to the stage's ``sparsity``.
+        hidden_act: how config.json calls what ``replacement`` gives.
+    """
+
+    kind = "activation"
+    place: ClassVar[Literal["input", "output", "function"]]
+    calibrated: ClassVar[bool] = False
+    hidden_act: ClassVar[str | None] = None
+
+    @abstractmethod
+    def apply(self, values: Tensor, amount: float, before: Tensor | None = None) -> Tensor:
+        """The sparse values, of the same shape and dtype, differentiable.
+
+        Args:
+            values: what enters the layer, what the function returned, or what enters the function (``"function"``).
+            amount: the threshold if it is calibrated (of ``|values|``; never negative), else the schedule's share.
+            before: what the function would have returned, for ``"function"`` alone.
+        """
+
+    def batches(self) -> int:
+        """On how many training batches the threshold is calibrated, where no calibration batches are given."""
+        return 8
+
+    def replacement(self) -> nn.Module | None:
+        """The module that takes the function's place at the end, where the share is 1. Default: none, it stays."""
         return None
 
 
@@ -484,5 +554,5 @@ class Backend(ComponentBase):
 
 KINDS: Mapping[str, type[ComponentBase]] = {
     contract.kind: contract
-    for contract in (Criterion, Pattern, Allocation, Schedule, Regularizer, Quantizer, Distiller, Codec, Backend)
+    for contract in (Criterion, Pattern, Allocation, Schedule, Regularizer, Activation, Solver, Quantizer, Distiller, Codec, Backend)
 }

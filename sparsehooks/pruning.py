@@ -84,13 +84,14 @@ class Masks:
 
     Attributes:
         masks: the mask of each parameter.
+        seed: the recipe's.
         alive: of these, the ones that act in the forward: their weights stay alive behind the mask.
         on_grown: called with the name of a weight and where it has grown.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], seed: int) -> None:
         self._weights = weights
-        self._seed = seed
+        self.seed = seed
         self.masks: dict[str, Tensor] = {}
         self.alive: set[str] = set()
         self.on_grown: Callable[[str, Tensor], None] | None = None
@@ -226,7 +227,7 @@ class Masks:
     def view(self, pruner: Pruner, key: str, target: Target, step: int, evidence: Evidence) -> WeightView:
         """What a criterion of the stage sees of a target."""
         weight = target.matrix(self._weights[target.parameter].detach())
-        seed = seed_of(self._seed, pruner.stage.index, step, target.parameter, *(() if key == "prune" else (key,)))
+        seed = seed_of(self.seed, pruner.stage.index, step, target.parameter, *(() if key == "prune" else (key,)))
         return WeightView(target.parameter, weight, seed, **evidence(target))
 
     def _units(self, pruner: Pruner, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

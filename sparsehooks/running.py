@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsehooks import swapping
 from sparsehooks.components import Need, Pattern, Regularizer, Schedule
+from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.masks import MaskChange, check_finite
@@ -63,7 +64,7 @@ class PruneRun:
     others after it.
     """
 
-    def __init__(self, stage: PlannedStage, objects: Mapping[str, Any], run: Run) -> None:
+    def __init__(self, stage: PlannedStage, objects: Mapping[str, Any], run: Run, *, new: bool) -> None:
         self._stage = stage
         self._pruner = Pruner.of(stage, objects)
         self._schedule = self._pruner.schedule
@@ -74,6 +75,8 @@ class PruneRun:
         self._by_gradient = run.optimizer is not None and bool(self._pruner.needs & NEEDS_STEP)
         with attributed(stage.components["pattern"].record):
             self._pruner.pattern.couple(run.model, stage.targets)
+            if new:
+                self._pruner.pattern.arrange(run.model, stage.targets, seed_of(run.masks.seed, stage.index, "arrange"))
         criterion = self._pruner.criterion
         for target in stage.targets:
             with attributed(stage.components["prune"].record):

@@ -118,7 +118,7 @@ class Session:
         run = Run(model, optimizer, self.masks, self._learned, self._swap, self.total_steps, folder, calibrate)
         for stage in self.plan.stages:
             if isinstance(stage.stage, PruneStage):
-                self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run)
+                self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run, new=state is None)
             elif isinstance(stage.stage, RegularizeStage):
                 self._regularizing[stage.index] = RegularizeRun(stage, self._objects[stage.index], run)
         distillers = {

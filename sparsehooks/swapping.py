@@ -63,6 +63,8 @@ class EffectiveWeight:
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward with the effective weight."""
         target = self._sparsehooks_target
+        if hasattr(self, "_sparsehooks_incoming"):  # of activations.SparseInput
+            input = self._sparsehooks_incoming(input)  # noqa: A001
         weight: Tensor = self.weight  # type: ignore[attr-defined]
         matrix = target.matrix(weight)
         for step in get_args(Step):
@@ -91,7 +93,7 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
                 problems.append(f"'{name}' is a {cls.__name__}, only weights of {known} can be replaced; exclude it")
             elif "forward" in vars(model.get_submodule(name)):
                 problems.append(f"'{name}' has a forward of its own on the instance (offloading does this); exclude it")
-            elif cls.forward is not base.forward:
+            elif cls.forward is not base.forward and not hasattr(cls, "_sparsehooks_incoming"):
                 problems.append(f"'{name}' is a {cls.__name__} with a forward of its own; exclude it")
             elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
                 problems.append(f"'{name}' is never called: nn.MultiheadAttention reads its weight; exclude it")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sparsehooks.components import (
     KINDS,
     LEVELS,
+    Activation,
     Allocation,
     Backend,
     Codec,
@@ -25,6 +26,7 @@ from sparsehooks.components import (
     Quantizer,
     Regularizer,
     Schedule,
+    Solver,
     Support,
 )
 from sparsehooks.decoding import decode
@@ -265,6 +267,79 @@ def _check_regularizer(component: ComponentBase) -> None:
     nothing = regularizer.gradient(weights, Row(), 0.0)
     assert nothing is None or not any(bool(tensor.any()) for tensor in nothing.values()), "strength 0 must do nothing"
     assert _equal(weights, before), "gradient() and proximal() must leave the weights as they are"
+
+
+def _check_solver(component: ComponentBase) -> None:
+    import torch
+
+    from sparsehooks.calibration import LayerProblem
+
+    solver = cast(Solver, component)
+    inputs = _normal(64, 16, seed=1) @ _normal(16, 16, seed=2)
+    weight, gram = _normal(6, 16), inputs.t() @ inputs / 64
+    before = weight.clone(), gram.clone()
+    for group, asked in ((None, 0.5), (4, 0.5), (None, 0.0)):
+        seen: list[tuple[int, int]] = []
+
+        def choose(
+            start: int, stop: int, weights: Tensor, diagonal: Tensor, group=group, asked=asked, seen=seen
+        ) -> Tensor:  # type: ignore[no-untyped-def]
+            assert weights.shape == (6, stop - start), "choose() takes the weights of the columns, of all rows"
+            assert diagonal.shape == (stop - start,), "choose() takes the diagonal of the inverse at the columns"
+            assert start % (group or 1) == 0 == stop % (group or 1), "choose() takes whole groups"
+            seen.append((start, stop))
+            return (torch.arange(start, stop) % 2 == 0).expand(6, -1) | (asked == 0.0)
+
+        solved, mask = solver.solve(LayerProblem("layer", weight, gram, group), choose)
+        assert [start for start, _ in seen] == [0, *(stop for _, stop in seen[:-1])], "columns come from left to right"
+        assert seen[-1][1] == 16, "choose() is called for every column"
+        assert solved.shape == mask.shape == weight.shape, "solve() must give weight and mask of the weight's shape"
+        assert solved.dtype == torch.float32 and mask.dtype == torch.bool, "solve() must give float32 and bool"  # noqa: PT018
+        assert bool(solved.isfinite().all()), "solve() of finite weights must be finite"
+        assert not bool(solved[~mask].any()), "solve() must leave zero what the mask takes"
+        assert torch.equal(mask, (torch.arange(16) % 2 == 0).expand(6, -1) | (asked == 0.0)), "choose() decides"
+        if asked == 0.0:
+            assert torch.allclose(solved, weight, atol=1e-4), "where nothing goes, solve() must change nothing"
+        rough = torch.where(mask, weight, 0.0) - weight
+        change = solved - weight
+        lost, without = (change @ gram * change).sum(), (rough @ gram * rough).sum()
+        assert lost <= without * 1.001 + 1e-4, "solve() must not make the outputs worse than the mask alone does"
+        assert _same(weight, before[0]), "solve() must leave the layer as it is"
+        assert _same(gram, before[1]), "solve() must leave the Gram matrix as it is"
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+def _check_activation(component: ComponentBase) -> None:
+    import torch
+
+    activation = cast(Activation, component)
+    assert activation.place in ("input", "output", "function"), f"place = {activation.place!r} is none of the places"
+    assert type(activation.batches()) is int, "batches() must give a whole number"
+    assert activation.batches() > 0, f"batches() must be positive, got {activation.batches()}"
+    function = activation.place == "function"
+    assert not (function and activation.calibrated), "what replaces a function has no threshold"
+    for dtype in (torch.float32, torch.bfloat16):
+        values = _normal(4, 5, 16, dtype=dtype)
+        kept, zeros = values.clone(), []
+        before = torch.nn.functional.silu(values) if function else None
+        for amount in (0.0, 0.25, 0.5, 1.0):
+            sparse = activation.apply(values, amount, before)
+            assert sparse.shape == values.shape, "apply() must keep the shape"
+            assert sparse.dtype == dtype, f"apply() must keep the dtype {dtype}, got {sparse.dtype}"
+            zeros.append(int((sparse == 0).sum()))
+            if activation.calibrated:
+                assert bool((sparse[values.abs() <= amount] == 0).all()), "apply() must make zeros up to the threshold"
+        assert _same(values, kept), "apply() must leave the values as they are"
+        assert zeros[-1] == max(zeros), "apply() must not make fewer zeros for a larger amount"
+        assert zeros[-1] > 0, "apply() must make zeros"
+        if function:
+            assert _same(activation.apply(values, 0.0, before), cast(Any, before)), "share 0 must change nothing"
+            module = activation.replacement()
+            if module is not None:
+                final = activation.apply(values, 1.0, before)
+                assert _same(module(values), final), "replacement() must compute what apply() does at share 1"
 
 
 # ----------------------------------------------------------------------------------------------- quantization
@@ -525,6 +600,8 @@ _CHECKS = {
     "allocation": _check_allocation,
     "schedule": _check_schedule,
     "regularizer": _check_regularizer,
+    "activation": _check_activation,
+    "solver": _check_solver,
     "quantizer": _check_quantizer,
     "distiller": _check_distiller,
     "codec": _check_codec,

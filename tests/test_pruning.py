@@ -11,7 +11,7 @@ from helpers import tiny_bert, tiny_classifier
 from torch import nn
 
 import sparsehooks
-from sparsehooks import PlanError, Plan, PluginManager, Recipe, SessionError
+from sparsehooks import Plan, PlanError, PluginManager, Recipe, SessionError
 from sparsehooks.recipe import named_recipes
 
 
@@ -152,7 +152,7 @@ def test_masks_in_the_forward_leave_no_trace_and_end_exactly(criterion):
             hidden = ~session.masks.masks["0.weight"]
             assert model[0].weight[hidden].any()  # alive behind the mask
 
-    session = train(model, recipe(**{"prune": criterion}, targets=targets, schedule=CONSTANT, **pattern), each=each)
+    session = train(model, recipe(prune=criterion, targets=targets, schedule=CONSTANT, **pattern), each=each)
     assert list(model.state_dict()) == keys
     assert type(model[0]) is cls
     assert torch.equal(model(inputs), outputs[0])

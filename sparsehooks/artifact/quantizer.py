@@ -33,6 +33,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         recipe: the recipe that made it, as plain values.
         plugins: what plugins added, under their names.
         pruned: the parameters whose zeros are masks if the model is trained further.
+        activations: what acts on the activations of its modules: ``activations.recorded``.
         shrunk: what ``shrinking.shrink`` returned: the sizes that do not follow from the rest of config.json.
 
     Raises:
@@ -48,6 +49,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         plugins: Mapping[str, Mapping[str, str]] | None = None,
         pruned: Sequence[str] = (),
         shrunk: Mapping[str, Any] | None = None,
+        activations: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if str(version) != VERSION:

@@ -14,7 +14,8 @@ from torch import nn
 from sparsehooks.artifact.folder import check_level, new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.artifact.write import write_model
-from sparsehooks.components import Level
+from sparsehooks.calibration import Calibration, needs_calibration, reads_inputs, unsupported
+from sparsehooks.components import Level, Need
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
 from sparsehooks.plan import Plan
@@ -40,7 +41,8 @@ def compress(
         recipe: a path, a mapping, or a ``Recipe``.
         out: where to save the result; a new or empty folder, or an earlier artifact to replace.
         tokenizer: saved beside the model. Of a folder, the tokenizer's files are taken along without it.
-        calibration: batches for components that need data; no built-in one does yet.
+        calibration: batches for criteria and solvers that need data: dicts of tensors (the keyword arguments of the
+            forward, with an attention mask where there is padding), lists of tensors (positional), or tensors.
         plugins: see ``PluginManager``.
         level: how much work saving may put into a smaller file; see ``save_pretrained``.
 
@@ -54,9 +56,10 @@ def compress(
     check_level(level)
     manager = as_manager(plugins)
     recipe = Recipe.of(recipe, manager)
-    Plan.build(recipe, manager)  # a schedule that does not apply shall be right all the same
+    plan = Plan.build(recipe, manager)  # a schedule that does not apply shall be right all the same
     recipe = at_once(recipe)
-    if calibration is not None:
+    reads = _check_data(plan, given=calibration is not None)
+    if calibration is not None and not reads:
         warnings.warn("calibration data was given, but nothing in the recipe reads it", stacklevel=2)
     with nullcontext() if out is None else new_folder(out) as folder:  # a bad folder is refused before the work
         if isinstance(model_or_path, nn.Module):
@@ -64,9 +67,13 @@ def compress(
         else:
             model, source = open_model(model_or_path)
         session = Session.of(recipe, manager, model, total_steps=0)
+        calibrate = None
+        if calibration is not None and reads:
+            _check_layers(session.plan, model)
+            calibrate = Calibration(model, calibration)
         config = disarm(model)
         with session.aborting():
-            session.start(model, opened=config.pruned if config is not None else None)
+            session.start(model, opened=config.pruned if config is not None else None, calibrate=calibrate)
             session.finish()
         arm(model, SparseHooksConfig(**session.provenance))
         if folder is not None:
@@ -76,6 +83,40 @@ def compress(
             elif source is not None:
                 copy_companions(source, folder)
     return model
+
+
+def _check_data(plan: Plan, *, given: bool) -> bool:
+    """Whether any stage reads calibration batches.
+
+    Raises:
+        PlanError: they are missing, or a criterion needs what only an optimizer has.
+    """
+    readers = [stage for stage in plan.stages if needs_calibration(stage)]
+    problems = [
+        f"{stage.path}: '{stage.components['prune'].record.component.name}' reads the optimizer's momentum; use "
+        "CompressionCallback or attach"
+        for stage in plan.stages
+        if isinstance(stage.stage, PruneStage) and Need.MOMENTUM in stage.components["prune"].cls.needs
+    ]
+    if not given:
+        problems += [
+            f"{stage.label}: needs calibration batches, such as a hundred texts; give them as 'calibration'"
+            for stage in readers
+        ]
+    if problems:
+        raise PlanError(problems)
+    return bool(readers)
+
+
+def _check_layers(plan: Plan, model: nn.Module) -> None:
+    problems = [
+        f"{stage.path}: {problem}"
+        for stage in plan.stages
+        if reads_inputs(stage)
+        for problem in unsupported(model, stage.targets)
+    ]
+    if problems:
+        raise PlanError(problems)
 
 
 def at_once(recipe: Recipe) -> Recipe:
@@ -95,4 +136,6 @@ def at_once(recipe: Recipe) -> Recipe:
         replace(stage, schedule=Use("oneshot")) if isinstance(stage, (PruneStage, QuantizeStage)) else stage
         for stage in recipe.stages
     )
+    # nothing grows where everything goes at once
+    stages = tuple(replace(stage, grow=None) if isinstance(stage, PruneStage) else stage for stage in stages)
     return replace(recipe, stages=stages)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from sparsehooks import Allocation, least_counts
-from sparsehooks.builtin.allocations.over_all import Options
+from sparsehooks.builtin.allocations.over_all import Options, whole
 
 
 class Erk(Allocation):
@@ -28,18 +28,16 @@ class Erk(Allocation):
         """By the shapes alone."""
         sizes = {name: unit.numel() for name, unit in units.items()}
         raw = {n: sum(shapes.get(n, (size,))) / math.prod(shapes.get(n, (size,))) for n, size in sizes.items()}
-        budget = (1 - sparsity) * sum(sizes.values())
-        dense: set[str] = set()
-        while len(dense) < len(sizes):
-            rest = [name for name in sizes if name not in dense]
-            left = budget - sum(sizes[name] for name in dense)
-            epsilon = left / sum(raw[name] * sizes[name] for name in rest)
-            above = {name for name in rest if epsilon * raw[name] > 1}
-            if not above:
-                break
-            dense.add(max(above, key=lambda name: raw[name]))
-        least = least_counts(sizes, self.config.floor) if sparsity < 1 else {}
-        return {
-            name: size if name in dense else min(size, max(least.get(name, 0), round(epsilon * raw[name] * size)))
-            for name, size in sizes.items()
-        }
+        total = sum(sizes.values())
+        least = least_counts(sizes, self.config.floor) if sparsity < 1 else dict.fromkeys(sizes, 0)
+
+        def wanted(epsilon: float) -> dict[str, float]:
+            return {n: min(size, max(least[n], epsilon * raw[n] * size)) for n, size in sizes.items()}
+
+        low, high = 0.0, 1 / min(raw.values())
+        while low < (epsilon := (low + high) / 2) < high:  # until two floats lie side by side
+            if sum(wanted(epsilon).values()) < (1 - sparsity) * total:
+                low = epsilon
+            else:
+                high = epsilon
+        return whole(wanted(high), sizes, least, total - round(sparsity * total))

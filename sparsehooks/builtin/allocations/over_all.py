@@ -37,3 +37,20 @@ class Global(Allocation):
         """Where the ``n - round(sparsity * n)`` largest of all units lie."""
         total = sum(score.numel() for score in units.values())
         return top_counts(units, total - round(sparsity * total), None if sparsity == 1.0 else self.config.floor)
+
+
+def whole(
+    wanted: Mapping[str, float], sizes: Mapping[str, int], least: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Whole numbers within their bounds whose sum is the budget, where that can be."""
+    counts = {name: min(sizes[name], max(least[name], int(value))) for name, value in wanted.items()}
+    while missing := budget - sum(counts.values()):
+        step = 1 if missing > 0 else -1
+        free = [n for n in counts if (counts[n] < sizes[n] if step > 0 else counts[n] > least[n])]
+        if not free:
+            break
+        each = max(1, abs(missing) // len(free))
+        for name in free:
+            room = sizes[name] - counts[name] if step > 0 else counts[name] - least[name]
+            counts[name] += step * min(each, room, abs(budget - sum(counts.values())))
+    return counts

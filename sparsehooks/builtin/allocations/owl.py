@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsehooks import Allocation, least_counts
-from sparsehooks.builtin.allocations.over_all import Options as Floor
+from sparsehooks import Allocation, SessionError, least_counts
+from sparsehooks.builtin.allocations.over_all import Options as Floor, whole
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,22 @@ class Owl(Allocation):
     ) -> Mapping[str, int]:
         """The budget, moved between layers."""
         sizes = {name: unit.numel() for name, unit in units.items()}
-        shares = {name: self._outliers(unit) for name, unit in units.items()}
+        shares = {name: self._outliers(name, unit) for name, unit in units.items()}
         low, high = min(shares.values()), max(shares.values())
         spread = min(self.config.spread, sparsity, 1 - sparsity)
         scaled = {n: (share - low) / (high - low) * 2 * spread if high > low else 0.0 for n, share in shares.items()}
         mean = sum(scaled[name] * size for name, size in sizes.items()) / sum(sizes.values())
         least = least_counts(sizes, self.config.floor) if sparsity < 1 else dict.fromkeys(sizes, 0)
         wanted = {n: (1 - sparsity + scaled[n] - mean) * size for n, size in sizes.items()}
-        return _rounded(wanted, sizes, least, sum(sizes.values()) - round(sparsity * sum(sizes.values())))
+        return whole(wanted, sizes, least, sum(sizes.values()) - round(sparsity * sum(sizes.values())))
 
-    def _outliers(self, unit: Tensor) -> float:
+    def _outliers(self, name: str, unit: Tensor) -> float:
         here = unit[unit != float("-inf")].float()
-        return float((here > self.config.outlier * here.mean()).float().mean()) if here.numel() else 0.0
-
-
-def _rounded(
-    wanted: Mapping[str, float], sizes: Mapping[str, int], least: Mapping[str, int], budget: int
-) -> dict[str, int]:
-    """Whole numbers within their bounds whose sum is the budget, where that can be."""
-    counts = {name: min(sizes[name], max(least[name], int(value))) for name, value in wanted.items()}
-    while missing := budget - sum(counts.values()):
-        step = 1 if missing > 0 else -1
-        free = [n for n in counts if (counts[n] < sizes[n] if step > 0 else counts[n] > least[n])]
-        if not free:
-            break
-        each = max(1, abs(missing) // len(free))
-        for name in free:
-            room = sizes[name] - counts[name] if step > 0 else counts[name] - least[name]
-            counts[name] += step * min(each, room, abs(budget - sum(counts.values())))
-    return counts
+        if not here.numel():
+            return 0.0
+        if here.min() < 0:  # ranks within a row, learned scores: all of them, or none, would exceed the mean
+            raise SessionError(
+                f"{name}: the allocation 'owl' compares scores with their mean, and some are negative; use a criterion "
+                "such as 'wanda', and a pattern without per = \"row\""
+            )
+        return float((here > self.config.outlier * here.mean()).float().mean())

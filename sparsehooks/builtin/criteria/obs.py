@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sparsehooks import Criterion, Need, WeightView
 
-
 CHUNK = 4096
 """Blocks that are inverted at once."""
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsehooks import Pattern
+from sparsehooks import Pattern, Target, permute_channels
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,19 @@ class Options:
     Attributes:
         n: how many weights of a group stay.
         m: how many consecutive weights of a row, along the input features, form a group.
+        permute: whether the channels between two layers are first put in the order that keeps most, for M up to 4. The
+            model computes the same.
     """
 
     n: int = 2
     m: int = 4
+    permute: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise ValueError(f"the pattern {self.n}:{self.m} must keep at least one weight of a group and drop one")
+        if self.permute and self.m > 4:
+            raise ValueError(f"'permute' would try all ways to share {2 * self.m} columns out; it takes groups up to 4")
 
 
 class NOfM(Pattern):
@@ -43,6 +48,11 @@ class NOfM(Pattern):
         if shape[1] % self.config.m:
             return f"its {shape[1]} input features do not divide by {self.config.m}"
         return None
+
+    def arrange(self, model: nn.Module, targets: Sequence[Target], seed: int) -> None:
+        """Reorder the channels, if the options say so."""
+        if self.config.permute:
+            permute_channels(model, targets, self.config.n, self.config.m, seed)
 
     def share(self) -> float:
         """(M - N) / M."""

@@ -45,7 +45,9 @@ class Unstructured(Pattern):
         return keep
 
     def spread(self, values: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The units are the weights."""
+        """The units are the weights; ranks say nothing of their values."""
+        if self.config.per == "row":
+            raise NotImplementedError
         return values
 
 

@@ -55,7 +55,10 @@ class GroupLasso(Regularizer):
         """The shrunk weights."""
         if self.config.method != "proximal":
             return None
-        steps = {n: torch.as_tensor(step).expand(weights[n].shape) for n, step in step_sizes.items()}
+        steps = {
+            n: torch.as_tensor(step, device=weights[n].device).expand(weights[n].shape)
+            for n, step in step_sizes.items()
+        }
         steps = dict(pattern.spread(pattern.units(steps), steps))
         moved = {}
         for name, rms in self._rms(weights, pattern).items():

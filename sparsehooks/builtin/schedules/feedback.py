@@ -19,13 +19,14 @@ class Options(Window):
     Attributes:
         metric: its name among the metrics of an evaluation, such as ``"eval_accuracy"``.
         drop: how far it may lie behind the first evaluation, in its own units.
-        mode: whether the metric is better when it is larger ("max") or smaller ("min").
+        mode: whether the metric is better when it is larger ("max") or smaller ("min"); left out, "min" if its name ends
+            with "loss" or "perplexity".
         raise_by: the share of the final sparsity that each evaluation within the drop adds at first.
     """
 
     metric: str = "eval_loss"
     drop: float = 0.01
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] | None = None
     raise_by: float = 0.1
 
     def __post_init__(self) -> None:
@@ -34,6 +35,10 @@ class Options(Window):
             raise ValueError(f"'drop' = {self.drop} is negative; say how far the metric may fall")
         if not 0.0 < self.raise_by <= 1.0:
             raise ValueError(f"'raise_by' = {self.raise_by} is outside (0, 1]")
+
+    def larger_is_better(self) -> bool:
+        """As ``mode`` says, or the name."""
+        return self.mode == "max" if self.mode else not self.metric.endswith(("loss", "perplexity"))
 
 
 SMALLEST = 0.005
@@ -81,7 +86,7 @@ class Feedback(Schedule):
                 f"the schedule 'feedback' follows '{self.config.metric}', and the evaluation gives "
                 f"{', '.join(metrics) or 'nothing'}; set 'metric' to one of them"
             )
-        value = metrics[self.config.metric] * (1 if self.config.mode == "max" else -1)
+        value = metrics[self.config.metric] * (1 if self.config.larger_is_better() else -1)
         if self._reference is None:
             self._reference = value
         if self._share != self._applied:

@@ -1,0 +1,15 @@
+"""Solvers: how are the survivors of a pruned layer repaired?"""
+
+from __future__ import annotations
+
+from sparsehooks import Component, Registry, hookimpl
+
+
+@hookimpl
+def register_components(registry: Registry) -> None:
+    """Offer them."""
+    for name, target, summary in (
+        ("sparsegpt", "sparsegpt:SparseGPT", "column by column, each error moved into the columns that follow"),
+        ("least_squares", "least_squares:LeastSquares", "the mask first, then the best values of what stays"),
+    ):
+        registry.add(Component("solver", name, f"sparsehooks.builtin.solvers.{target}", summary))
