@@ -68,7 +68,11 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
         depths = _cut_layers(model, masks)
         couplings = [coupling for kind in ("head", "channel") for coupling in find(model, kind)[0]]
         _cut(model, masks, couplings)
-    setattr(model, MARK, {**getattr(model, MARK, {}), **depths})
+    layers = {**getattr(model, MARK, {}), **depths}
+    for module in model.modules():
+        if module is not model and isinstance(module, PreTrainedModel):
+            setattr(module, MARK, {})  # whoever saves only this part
+    setattr(model, MARK, layers)
     return describe(model) if isinstance(model, PreTrainedModel) else _difference(model, before)
 
 
@@ -76,7 +80,9 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _cut_layers(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, int]:
-    depths = {}
+    depths: dict[str, int] = {}
+    if all(mask.any() for mask in masks.values()):
+        return depths
     for coupling in find(model, "layer")[0]:
         gone = _gone(model, masks, coupling)
         kept = [index for index in range(coupling.units) if not gone[index]]

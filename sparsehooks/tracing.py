@@ -110,6 +110,7 @@ class _Walk:
         self.flows: dict[fx.Node, Flow] = {}
         self.spaces: list[Space] = []
         self.seen: dict[str, list[Space]] = {}
+        self.read: set[str] = set()
 
     def visit(self, node: fx.Node) -> None:
         """Follow the channels through one step."""
@@ -118,6 +119,9 @@ class _Walk:
             self.flows[node] = flow
 
     def _step(self, node: fx.Node) -> Flow | None:
+        if node.op == "get_attr":
+            self.read.add(str(node.target))
+            return None
         inputs = [self.flows.get(source) for source in node.all_input_nodes]
         first = inputs[0] if len(inputs) == 1 else None
         if node.op == "call_module":
@@ -195,7 +199,8 @@ class _Walk:
 
     def _norm(self, name: str, module: nn.Module, flow: Flow) -> Flow | None:
         space = flow.space.root()
-        if not cast(nn.BatchNorm2d, module).affine:
+        norm = cast(nn.BatchNorm2d, module)
+        if not norm.affine or norm.num_features != space.units:
             return self._close([flow])
         vectors = [Member(f"{name}.{key}", 0, role="vector") for key in ("weight", "bias")]
         space.members += vectors
@@ -255,6 +260,8 @@ class _Walk:
     def coupling(self, space: Space) -> Coupling | None:
         """What a space becomes."""
         if space.into is not None or space.open or not space.readers:
+            return None
+        if any(member.parameter in self.read for member in space.members):  # by more than its layer
             return None
         alternatives: list[tuple[Member, ...]] = [tuple(space.readers)]
         if space.quiet:

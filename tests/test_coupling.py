@@ -296,6 +296,7 @@ def linears(*sizes):
         lambda m, x: m.l1(torch.cat([m.l0(x)[:, :2], x[:, :2]], 1)),
         lambda m, x: m.l1(m.l0(x) * m.l0.bias),
         lambda m, x: nn.functional.linear(m.l0(x), m.l1.weight),
+        lambda m, x: (m.l1(m.l0(x)), x @ m.l0.weight),
     ],
 )
 def test_what_touches_channels_keeps_them(steps):

@@ -19,7 +19,7 @@ from sparsehooks.artifact.quantizer import SparseHooksConfig, arm
 from sparsehooks.builtin.patterns.coupled import Channel, Head, Layer
 from sparsehooks.builtin.patterns.tiles import Column, Row
 from sparsehooks.errors import ArtifactError
-from sparsehooks.shrinking import shrink
+from sparsehooks.shrinking import resize, shrink
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
@@ -296,7 +296,10 @@ def test_channels_of_plain_modules(name, tmp_path):
     shrunk = shrink(model, masks)
     torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
     assert size(model) < whole
-    assert shrunk["modules"]
+    other = PLAIN[name]()
+    resize(other, shrunk)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(other.eval()), outputs(model))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             assert (module.out_channels, module.in_channels // module.groups) == module.weight.shape[:2]
@@ -495,27 +498,41 @@ def test_generation_with_a_cache():
 
 OPEN = """
 import sys, torch, sparsehooks, transformers
-model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
-base = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
-given = torch.load(sys.argv[2])
-with torch.no_grad():
-    assert torch.equal(model(given["ids"]).logits, given["logits"])
-    assert torch.equal(base(given["ids"]).last_hidden_state, given["states"])
-    assert base.encoder.layer[0].attention.self.num_attention_heads == 1
+for place, name in zip(sys.argv[1::2], sys.argv[2::2]):
+    given = torch.load(place + ".pt")
+    for cls in (transformers.AutoModel, getattr(transformers, name)):
+        model = cls.from_pretrained(place).eval()
+        with torch.no_grad():
+            outputs = model(**given["inputs"], output_hidden_states=True)
+        states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
+        assert torch.equal(states[-1], given["states"]), name
 """
 
 
-def test_opens_in_another_process(tmp_path):
-    model = made("bert")
-    shrunk = shrink(model, masked(model, Head(), all_but_first_and_fourth))
-    arm(model, SparseHooksConfig(shrunk=shrunk))
-    sparsehooks.save_pretrained(model, tmp_path / "model")
-    ids = torch.arange(2, 12)[None]
-    with torch.no_grad():
-        given = {"ids": ids, "logits": model(ids).logits, "states": model.bert(ids).last_hidden_state}
-    torch.save(given, tmp_path / "given.pt")
-    command = [sys.executable, "-c", OPEN, str(tmp_path / "model"), str(tmp_path / "given.pt")]
-    result = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("kinds", [("head", "channel"), ("layer", "head", "channel")])
+def test_opens_in_another_process(kinds, tmp_path):
+    places = []
+    for name in MODELS:
+        model = made(name)
+        masks = {}
+        for kind in kinds:
+            for key, mask in masked(model, PATTERNS[kind](), all_but_first_and_fourth).items():
+                masks[key] = masks[key] & mask if key in masks else mask
+        shrunk = shrink(model, masks)
+        arm(model, SparseHooksConfig(shrunk=shrunk))
+        place = tmp_path / name
+        sparsehooks.save_pretrained(model, place)
+        inputs = {"input_ids": torch.arange(2, 12)[None]}
+        if model.main_input_name == "pixel_values":
+            inputs = {"pixel_values": torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.arange(5)[None]
+        with torch.no_grad():
+            result = model(**inputs, output_hidden_states=True)
+        states = result.decoder_hidden_states if model.config.is_encoder_decoder else result.hidden_states
+        torch.save({"inputs": inputs, "states": states[-1]}, f"{place}.pt")
+        places += [str(place), type(model).__name__]
+    result = subprocess.run([sys.executable, "-c", OPEN, *places], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -58,7 +58,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
             )
         self.quant_method = cast(Any, METHOD)  # transformers compares it with the names it registered
         self.version = VERSION
-        from sparsehooks import shrinking
+        from sparsehooks import activations as acting, shrinking
 
         tables = (recipe or {}, plugins or {}, *(plugins.values() if isinstance(plugins, Mapping) else ()))
         what = ""
@@ -70,18 +70,21 @@ class SparseHooksConfig(QuantizationConfigMixin):
             what = "'pruned' must be a list of names"
         else:
             what = shrinking.check({} if shrunk is None else shrunk) or ""
+            what = what or acting.check({} if activations is None else activations) or ""
         if what:
             raise ArtifactError(f"config.json: quantization_config is damaged: {what}; get the file again")
         self.recipe = dict(recipe or {})
         self.plugins = {name: dict(added) for name, added in (plugins or {}).items()}
         self.pruned = [str(name) for name in pruned]
         self.shrunk = copy.deepcopy(dict(shrunk or {}))
+        self.activations = copy.deepcopy(dict(activations or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json, without what is not there."""
         values = copy.deepcopy(self.__dict__)
-        if not values["shrunk"]:
-            del values["shrunk"]
+        for key in ("shrunk", "activations"):
+            if not values[key]:
+                del values[key]
         return values
 
 
@@ -152,6 +155,8 @@ class SparseHooksQuantizer(HfQuantizer):
         return None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from sparsehooks.activations import apply_activations
+
         # What was loaded is an ordinary model: half(), Trainer and a second save must treat it as one.
         model.is_quantized = False
         for module in model.modules():
@@ -167,6 +172,10 @@ class SparseHooksQuantizer(HfQuantizer):
         self.take_conversions(model)
         _retie_offloaded(model)
         _convert(model)
+        try:
+            apply_activations(model, cast(SparseHooksConfig, self.quantization_config).activations)
+        except ValueError as error:
+            raise ArtifactError(f"{model.config.name_or_path!r}: config.json: {error}") from error
         return model
 
     def take_conversions(self, model: Any) -> None:
