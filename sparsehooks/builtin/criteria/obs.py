@@ -66,11 +66,14 @@ class Obs(Criterion):
         """``w^2 / (2 (F^-1)_qq)``."""
         fisher = self._fisher[view.name]
         self._used.add(view.name)
-        damping = self.config.damping * torch.eye(fisher.shape[1], dtype=torch.float64, device=fisher.device)
-        diagonals = [
-            torch.cholesky_inverse(torch.linalg.cholesky(part.double() + damping)).diagonal(dim1=1, dim2=2)
-            for part in fisher.split(CHUNK)
-        ]
+        diagonals = []
+        for part in fisher.split(CHUNK):
+            block = part.double()
+            # of fewer gradients than weights the sum is singular, and its float32 rounding may exceed the damping
+            rounding = torch.finfo(torch.float32).eps * block.diagonal(dim1=1, dim2=2).sum(dim=1)
+            block.diagonal(dim1=1, dim2=2).add_(self.config.damping + rounding[:, None])
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(block))
+            diagonals.append(inverse.diagonal(dim1=1, dim2=2))
         diagonal = torch.cat(diagonals).flatten()[: view.weight.numel()].reshape(view.weight.shape)
         return (view.weight.double().square() / (2 * diagonal)).float()
 

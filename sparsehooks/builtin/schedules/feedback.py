@@ -19,8 +19,8 @@ class Options(Window):
     Attributes:
         metric: its name among the metrics of an evaluation, such as ``"eval_accuracy"``.
         drop: how far it may lie behind the first evaluation, in its own units.
-        mode: whether the metric is better when it is larger ("max") or smaller ("min"); left out, "min" if its name ends
-            with "loss" or "perplexity".
+        mode: whether the metric is better when it is larger ("max") or smaller ("min"); left out, "min" if its name
+            ends with "loss" or "perplexity".
         raise_by: the share of the final sparsity that each evaluation within the drop adds at first.
     """
 
