@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sparsehooks.loops.trainer import CompressionCallback as CompressionCallback, attach_trainer as attach_trainer
     from sparsehooks.masks import (
         MaskChange as MaskChange,
+        least_counts as least_counts,
         straight_through as straight_through,
         top_counts as top_counts,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparsehooks.components import Allocation, ComponentBase, Criterion, Need, Pattern, Schedule
+from sparsehooks.components import Activation, Allocation, ComponentBase, Criterion, Need, Pattern, Schedule
 from sparsehooks.decoding import decode
 from sparsehooks.discovery import require
 from sparsehooks.errors import PlanError, PluginError, RecipeError
@@ -139,6 +139,8 @@ KEYS = {
 """For each kind of stage: which of its keys name a component, and of which kind."""
 
 
+FREE = (RegularizeStage, ActivationStage, ShrinkStage)
+"""Stages of which several may share a layer."""
 NEEDS_CALIBRATION = frozenset({Need.INPUT_NORM, Need.GRAM, Need.INFLUENCE})
 """What only calibration batches give."""
 
@@ -222,7 +224,12 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
         from sparsehooks.swapping import unsupported
 
         problems += [f"{planned.path}: {problem}" for problem in unsupported(model, targets)]
-    return PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes), overrides)
+    fitted = PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes), overrides)
+    if isinstance(stage, ActivationStage) and "activation" in planned.components:
+        from sparsehooks.activations import problems as of_activations
+
+        problems += of_activations(fitted, cast(Activation, planned.components["activation"].create()), model)
+    return fitted
 
 
 def _untrainable(planned: PlannedStage) -> list[str]:
@@ -288,7 +295,7 @@ def _overlaps(plan: Plan) -> list[str]:
     claimed: dict[tuple[str, str], PlannedStage] = {}
     clashes: dict[tuple[int, int, str], list[str]] = {}
     for planned in plan.stages:
-        for target in () if isinstance(planned.stage, (RegularizeStage, ShrinkStage)) else planned.targets:
+        for target in () if isinstance(planned.stage, FREE) else planned.targets:
             key = planned.stage.action, target.parameter
             first = claimed.setdefault(key, planned)
             if first is not planned:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import swapping
-from sparsehooks.components import ComponentBase, Distiller, Quantizer, Schedule
+from sparsehooks.activations import Activations, recorded
+from sparsehooks.components import Activation, ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
@@ -22,7 +23,15 @@ from sparsehooks.masks import check_finite
 from sparsehooks.plan import Plan, PlannedStage
 from sparsehooks.plugins import PluginManager, attributed
 from sparsehooks.pruning import Masks
-from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, RegularizeStage, ShrinkStage
+from sparsehooks.recipe import (
+    ActivationStage,
+    DistillStage,
+    PruneStage,
+    QuantizeStage,
+    Recipe,
+    RegularizeStage,
+    ShrinkStage,
+)
 from sparsehooks.running import Calibrate, Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.targets import Target
 from sparsehooks.views import SessionView
@@ -64,6 +73,7 @@ class Session:
         self._swapped: dict[str, Target] = {}
         self._quantizers: dict[str, tuple[Target, Quantizer]] = {}
         self._shrunk: dict[str, Any] = {}
+        self._activations = Activations((), nn.Module())
 
     @classmethod
     def of(cls, recipe: Recipe, manager: PluginManager, model: nn.Module, total_steps: int) -> Session:
@@ -126,6 +136,12 @@ class Session:
             for stage in self.plan.stages
             if isinstance(stage.stage, DistillStage)
         }
+        acting = [
+            (stage, cast(Activation, self._objects[stage.index]["activation"]), stage.targets)
+            for stage in self.plan.stages
+            if isinstance(stage.stage, ActivationStage)
+        ]
+        self._activations = Activations(acting, model)
         self._distillation = Distillation(distillers, model, self._learned, self.plan.recipe.seed, folder, start)
         if state is not None:
             self.load_state_dict(state)
@@ -201,6 +217,10 @@ class Session:
         if not skipped:
             self._on_step(self.view, self.step)
 
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Without training: fit what activation stages need to these batches, before ``finish``."""
+        self._activations.calibrate(self._model, batches)
+
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """Call after an evaluation: adaptive schedules decide by it what the next step does."""
         for stage in self.plan.stages:
@@ -223,6 +243,7 @@ class Session:
             pruning.write()
         self.masks.apply()
         self.masks.clear_signs()
+        self._activations.finish()
         self._unswap()
         if any(isinstance(stage.stage, ShrinkStage) for stage in self.plan.stages):
             from sparsehooks.shrinking import shrink
@@ -246,6 +267,7 @@ class Session:
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
+        self._activations.abort()
         self._unswap()
         if self._optimizer is not None:
             self._optimizer.param_groups[0].pop(KEY, None)
@@ -268,9 +290,7 @@ class Session:
         masked = {id(self._weights[name]) for name in self.masks.masks}
         pruned = sorted(name for name, weight in self._model.named_parameters() if id(weight) in masked)
         said: dict[str, Any] = {"recipe": self.plan.recipe.to_dict(), "plugins": self._metadata, "pruned": pruned}
-        if self._shrunk:
-            said["shrunk"] = self._shrunk
-        return said
+        return said | {"shrunk": self._shrunk, "activations": recorded(self._model)}
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -292,6 +312,7 @@ class Session:
             "components": components,
             "distillation": self._distillation.state_dict(),
             "learned": self._learned.state_dict(),
+            "activations": self._activations.state_dict(),
             "pruning": {index: pruning.state_dict() for index, pruning in self._pruning.items()},
             "undo": self.masks.undo_state(),
         }
@@ -312,6 +333,7 @@ class Session:
                     component.load_state_dict(state["components"][f"{index}.{key}"])
         self._distillation.load_state_dict(state["distillation"])
         self._learned.load_state_dict(state["learned"])
+        self._activations.load_state_dict(state["activations"])
         for index, pruning in self._pruning.items():
             pruning.load_state_dict(state["pruning"][index])
         self.masks.load_undo_state(state["undo"])
@@ -392,6 +414,8 @@ class Session:
                 self._change(stage, "started")
             if isinstance(stage.stage, QuantizeStage):
                 self._quantize(stage)
+            elif isinstance(stage.stage, ActivationStage):
+                self._activations.advance(stage, schedule.at(self.step, self.total_steps))
             elif isinstance(stage.stage, PruneStage) and update:
                 self._tell(stage.index, self.step, self._pruning[stage.index].after_step(self.step))
             if isinstance(stage.stage, RegularizeStage):

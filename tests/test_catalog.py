@@ -97,7 +97,7 @@ def test_a_shorthand_that_can_mean_two_things_is_an_error():
         ("criterion", "magnitud", "did you mean 'magnitude'?"),
         ("schedule", "cubik", "did you mean 'cubic'?"),
         ("quantizer", "zzz", "known: int8"),
-        ("pattern", "zzz", "known: block, column, n:m, row, unstructured"),
+        ("pattern", "zzz", "known: block, channel, column, head, layer, n:m, row, unstructured"),
     ],
 )
 def test_an_unknown_name_is_answered_with_what_may_be_meant(kind, name, hint):
