@@ -241,8 +241,9 @@ def test_uniform_takes_the_same_share_of_every_layer(sparsity):
 def test_global_takes_its_share_of_all_layers_together_wherever_it_is_smallest(sparsity):
     units = {"small": 0.1 * randn(6, 8).abs(), "large": 10 + randn(40, seed=1).abs(), "tied": torch.full((12,), 5.0)}
     counts = Global().keep(units, {}, sparsity)
-    goes = round(100 * sparsity)
-    small, tied = min(goes, 48), min(max(goes - 48, 0), 12)
+    goes, one = round(100 * sparsity), int(sparsity < 1)  # of every layer one stays
+    small = min(goes, 48 - one)
+    tied = min(goes - small, 12 - one)
     assert counts == {"small": 48 - small, "tied": 12 - tied, "large": 40 - (goes - small - tied)}
 
 
