@@ -261,9 +261,7 @@ def _check_regularizer(component: ComponentBase) -> None:
             assert tensor.shape == weights[name].shape, f"{what} must have the weight's shape"
             assert bool(tensor.isfinite().all()), f"{what} of finite weights must be finite"
     if moved is not None:
-        assert all(bool(moved[n].norm() <= weights[n].norm()) for n in moved), (
-            "proximal() must not make weights larger"
-        )
+        assert all(bool(moved[n].norm() <= weights[n].norm()) for n in moved), "proximal() must not make weights larger"
     nothing = regularizer.gradient(weights, Row(), 0.0)
     assert nothing is None or not any(bool(tensor.any()) for tensor in nothing.values()), "strength 0 must do nothing"
     assert _equal(weights, before), "gradient() and proximal() must leave the weights as they are"
@@ -282,8 +280,14 @@ def _check_solver(component: ComponentBase) -> None:
         seen: list[tuple[int, int]] = []
 
         def choose(
-            start: int, stop: int, weights: Tensor, diagonal: Tensor, group=group, asked=asked, seen=seen
-        ) -> Tensor:  # type: ignore[no-untyped-def]
+            start: int,
+            stop: int,
+            weights: Tensor,
+            diagonal: Tensor,
+            group: int | None = group,
+            asked: float = asked,
+            seen: list[tuple[int, int]] = seen,
+        ) -> Tensor:
             assert weights.shape == (6, stop - start), "choose() takes the weights of the columns, of all rows"
             assert diagonal.shape == (stop - start,), "choose() takes the diagonal of the inverse at the columns"
             assert start % (group or 1) == 0 == stop % (group or 1), "choose() takes whole groups"

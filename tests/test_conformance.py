@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sparsehooks import (
+    Activation,
     Allocation,
     ArtifactError,
     Backend,
@@ -18,6 +19,7 @@ from sparsehooks import (
     Quantizer,
     Regularizer,
     Schedule,
+    Solver,
     Support,
     hookimpl,
 )
@@ -228,6 +230,32 @@ class Growing(Regularizer):
 
 class Inert(Regularizer):
     """Does nothing."""
+
+
+class Backward(Solver):
+    """Asks from right to left."""
+
+    def solve(self, layer, choose, quantize=None):
+        masks = [choose(start, start + 4, layer.weight[:, start : start + 4], torch.ones(4)) for start in (12, 8, 4, 0)]
+        mask = torch.cat(masks[::-1], dim=1)
+        return layer.weight * mask, mask
+
+
+class Unfaithful(Solver):
+    """Leaves the weights that go."""
+
+    def solve(self, layer, choose, quantize=None):
+        return layer.weight.clone(), choose(0, 16, layer.weight, torch.ones(16))
+
+
+class Soft(Activation):
+    """Makes values smaller, and none of them zero."""
+
+    place = "input"
+    calibrated = True
+
+    def apply(self, values, amount, before=None):
+        return values / 2
 
 
 class Truncating(Quantizer):
@@ -447,6 +475,9 @@ WRONG = {
     Runaway: "outside",
     Growing: "make weights larger",
     Inert: "do something",
+    Backward: "left to right",
+    Unfaithful: "zero what the mask takes",
+    Soft: "up to the threshold",
     Truncating: "twice",
     Dead: "gradient that is not zero",
     TwoRoundings: "bit for bit",
