@@ -113,19 +113,20 @@ class Coupled(Pattern):
         return masks
 
     def spread(self, values: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The mean of its units for a weight in two, and infinity for one in none, which never goes."""
-        spread = {}
-        counts = {}
-        for name, score in scores.items():
-            spread[name] = torch.zeros_like(score, dtype=torch.promote_types(score.dtype, torch.float32))
-            counts[name] = torch.zeros_like(spread[name])
+        """The mean of its units for a weight in two; matrices of which nothing is part of a unit are left out."""
+        spread: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         for coupling, members in self._active(scores):
             for member in members:
                 name = member.parameter
-                value = values[coupling.name].to(spread[name])
-                member.part(spread[name], coupling.units).add_(member.spread(value, spread[name]))
+                score, value = scores[name], values[coupling.name].to(scores[name].device)
+                if name not in spread:
+                    wide = torch.promote_types(value.dtype, torch.float32)
+                    spread[name] = torch.zeros(score.shape, dtype=wide, device=score.device)
+                    counts[name] = torch.zeros_like(spread[name])
+                member.part(spread[name], coupling.units).add_(member.spread(value, score))
                 member.part(counts[name], coupling.units).add_(1)
-        return {name: torch.where(counts[name] > 0, spread[name] / counts[name], float("inf")) for name in scores}
+        return {name: spread[name] / counts[name] for name in scores if name in spread}
 
 
 class Head(Coupled):
