@@ -29,6 +29,8 @@ FEED_FORWARD = (
     (("wi_0", "wi_1"), "wo"),
     (("wi",), "wo"),
     (("up_proj",), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("Wi",), "Wo"),
     (("lin1",), "lin2"),
     (("c_fc",), "c_proj"),
     (("fc1",), "fc2"),
@@ -400,12 +402,16 @@ def _feed_forward(name: str, module: nn.Module, producers: tuple[str, ...], cons
     layers_of_it = [child(module, part) for part in producers]
     last = child(module, consumer)
     width = features(last)[1]
-    if any(features(layer)[0] != width for layer in layers_of_it):
+    outputs = [features(layer)[0] for layer in layers_of_it]
+    halves = outputs == [2 * width]  # both factors in one layer
+    if not halves and any(count != width for count in outputs):
         return f"'{consumer}' reads {width} features, which the layers before it do not have"
     inside = {id(part) for layer in (*layers_of_it, last) for part in layer.parameters()}
     if any(part.dim() == 1 and len(part) == width and id(part) not in inside for part in module.parameters()):
         return "a norm or scale of as many features may lie between its layers"
     groups = [rows(join(name, part), layer) for part, layer in zip(producers, layers_of_it, strict=True)]
+    if halves:
+        groups.append(rows(join(name, producers[0]), layers_of_it[0], offset=width))
     reads = columns(join(name, consumer))
     activation = next((act for key in ACTIVATIONS if callable(act := child(module, key))), None)
     if activation is None:
@@ -414,7 +420,7 @@ def _feed_forward(name: str, module: nn.Module, producers: tuple[str, ...], cons
     plain = elementwise(activation)
     if plain and keeps_zero(activation):
         alternatives += [tuple(group) for group in groups]
-    elif len(groups) > 1:
+    elif len(groups) > 1 and not halves:
         alternatives.append(tuple(groups[-1]))  # the last is a factor of the others, whatever these are
     fold = None
     if plain and len(groups) == 1 and last._parameters.get("bias") is not None:

@@ -194,6 +194,17 @@ def phi3():
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(**TEXT, **SIZES, pad_token_id=0))
 
 
+def gated():
+    class GatedMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    model = tiny_bert()
+    model.encoder.layer[0] = GatedMLP()
+    return model
+
+
 def odd_heads():
     model = tiny_bert()
     model.encoder.layer[1].attention.self.num_attention_heads = 3
@@ -219,7 +230,7 @@ def torch_attention():
         (phi3, Head, "the heads of 'model.layers.0.self_attn' stay whole: the layers of its Phi3Attention are laid"),
         (odd_heads, Head, "'encoder.layer.1.attention.self' stay whole: heads of 32 features do not follow from"),
         (torch_attention, Head, "'attention' stay whole: the layers of its MultiheadAttention are laid out"),
-        (phi3, Channel, "the channels of 'model.layers.0.mlp' stay whole: its Phi3MLP is laid out"),
+        (gated, Channel, "the channels of 'encoder.layer.0' stay whole: its GatedMLP is laid out"),
         (modernbert, Layer, "the layers of 'layers' stay whole: they are not alike"),
         (torch_attention, Layer, "TorchAttention has no list of blocks with an attention each"),
         (torch_attention, Channel, "TorchAttention stay whole: torch.fx cannot trace it"),

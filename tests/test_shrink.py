@@ -87,6 +87,31 @@ def _t5(gated):
     return transformers.T5ForConditionalGeneration(config)
 
 
+def _phi3():
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**TEXT, **SIZES, pad_token_id=0))
+
+
+def _modernbert():
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return transformers.ModernBertModel(transformers.ModernBertConfig(**TEXT, **SIZES, **special))
+
+
+def _bart():
+    config = transformers.BartConfig(
+        **TEXT,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        pad_token_id=1,
+    )
+    return transformers.BartModel(config)
+
+
+OTHERS = {"phi3": _phi3, "modernbert": _modernbert, "bart": _bart}
 MODELS = {
     "bert": _bert,
     "roberta": _roberta,
@@ -104,7 +129,7 @@ MODELS = {
 
 def made(name):
     torch.manual_seed(0)
-    return randomized(MODELS[name]())
+    return randomized({**MODELS, **OTHERS}[name]())
 
 
 def randomized(model):
@@ -206,6 +231,11 @@ def test_layers_go(name, tmp_path):
     torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
     assert shrunk["layers"] == {coupling.name: coupling.units - 1 for coupling in pattern.couplings}
     reopened(model, shrunk, tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_factors_in_one_layer_and_an_encoder_with_a_decoder(name, tmp_path):
+    test_outputs_stay(name, "channel", tmp_path)
 
 
 def reopened(model, shrunk, folder):
