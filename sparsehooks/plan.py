@@ -215,6 +215,10 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
             idle = [name for name in stage.overrides if not any(first_match(model, t, [name]) for t in targets)]
             misfits += [f"{planned.path}.overrides: '{name}' matches no target" for name in idle]
         misfits += _misfits(planned, pattern, stage, targets)
+        if isinstance(stage, RegularizeStage) and not misfits and not _spreads(pattern, targets):
+            misfits.append(
+                f"{planned.path}.pattern: '{stage.pattern.use}' has no groups that vanish together; use another"
+            )
         problems += misfits
         if not misfits and isinstance(stage, PruneStage):
             problems += _emptied(planned, pattern, stage, targets, overrides)
@@ -263,6 +267,18 @@ def _misfits(
         f"{planned.path}.pattern: '{stage.pattern.use}' does not fit {_some(names)}: {reason}; exclude it"
         for reason, names in reasons.items()
     ]
+
+
+def _spreads(pattern: Pattern, targets: list[Target]) -> bool:
+    """Whether a pattern can say for each weight what its group is worth."""
+    import torch
+
+    shapes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in targets}
+    try:
+        pattern.spread(pattern.units(shapes), shapes)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _emptied(

@@ -309,6 +309,7 @@ def test_proximal_l1_is_soft_thresholding_under_adam():
         ({"prune": "wanda", "sparsity": 0.5}, "'wanda' needs calibration batches; use sparsehooks.compress"),
         ({"prune": "magnitude", "sparsity": 0.5, "solver": "sparsegpt"}, "repairs without training"),
         ({"prune": "magnitude", "pattern": "2:4", "grow": "random"}, "fixes what stays; leave 'grow' out"),
+        ({"regularize": "group_lasso", "pattern": "2:4"}, "has no groups that vanish together"),
         ({"prune": "movement", "sparsity": 0.5, "grow": "random"}, "brings weights back by itself"),
     ],
 )

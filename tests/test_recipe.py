@@ -10,6 +10,7 @@ from sparsehooks import DistillStage, PluginManager, PruneStage, QuantizeStage, 
 from sparsehooks.decoding import decode
 
 PRUNE = {"prune": "magnitude", "sparsity": 0.5}
+ACTIONS = "prune, regularize, activation, shrink, quantize, distill"
 STAGE = "recipe.stage[0]"
 
 WRONG = [
@@ -27,15 +28,15 @@ WRONG = [
     # which action
     (
         {"stage": [{"sparsity": 0.5}]},
-        f"{STAGE}: needs exactly one of prune, regularize, activation, shrink, quantize, distill; it has none",
+        f"{STAGE}: needs exactly one of {ACTIONS}; it has none",
     ),
     (
         {"stage": [{"prun": "magnitude"}]},
-        f"{STAGE}: needs exactly one of prune, regularize, activation, shrink, quantize, distill; it has none; did you mean 'prune'?",
+        f"{STAGE}: needs exactly one of {ACTIONS}; it has none; did you mean 'prune'?",
     ),
     (
         {"stage": [{**PRUNE, "quantize": "int8"}]},
-        f"{STAGE}: needs exactly one of prune, regularize, activation, shrink, quantize, distill; it has prune and quantize",
+        f"{STAGE}: needs exactly one of {ACTIONS}; it has prune and quantize",
     ),
     ({"stage": [{**PRUNE, "teacher": "self"}]}, f"{STAGE}: 'teacher' belongs to distill, not to prune"),
     ({"stage": [{"quantize": "int8", "sparsity": 0.5}]}, f"{STAGE}: 'sparsity' belongs to prune, not to quantize"),
