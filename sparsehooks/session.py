@@ -402,26 +402,28 @@ class Session:
             update: whether masks that are due are chosen now; those of a resumed run were, before it was saved.
         """
         for stage in self.plan.stages:
-            if "schedule" not in stage.components:
-                if stage.index not in self._statuses:
-                    self._change(stage, "started")
-                continue
-            schedule = self._schedule(stage)
-            first, last = schedule.window(self.total_steps)
-            if self.step < first:
-                continue
-            if stage.index not in self._statuses:
+            if "schedule" in stage.components:
+                self._follow(stage, update=update)
+            elif stage.index not in self._statuses:
                 self._change(stage, "started")
-            if isinstance(stage.stage, QuantizeStage):
-                self._quantize(stage)
-            elif isinstance(stage.stage, ActivationStage):
-                self._activations.advance(stage, schedule.at(self.step, self.total_steps))
-            elif isinstance(stage.stage, PruneStage) and update:
-                self._tell(stage.index, self.step, self._pruning[stage.index].after_step(self.step))
-            if isinstance(stage.stage, RegularizeStage):
-                continue
-            if self.step >= last and self._statuses[stage.index] == "started":
-                self._change(stage, "finished")
+
+    def _follow(self, stage: PlannedStage, *, update: bool) -> None:
+        """Do what the schedule of one stage asks for."""
+        schedule = self._schedule(stage)
+        first, last = schedule.window(self.total_steps)
+        if self.step < first:
+            return
+        if stage.index not in self._statuses:
+            self._change(stage, "started")
+        if isinstance(stage.stage, QuantizeStage):
+            self._quantize(stage)
+        elif isinstance(stage.stage, ActivationStage):
+            self._activations.advance(stage, schedule.at(self.step, self.total_steps))
+        elif isinstance(stage.stage, PruneStage) and update:
+            self._tell(stage.index, self.step, self._pruning[stage.index].after_step(self.step))
+        ends = not isinstance(stage.stage, RegularizeStage)  # a penalty lasts as long as the run
+        if ends and self.step >= last and self._statuses[stage.index] == "started":
+            self._change(stage, "finished")
 
     def _tell(self, index: int, step: int, changes: Changes) -> None:
         if any(change.pruned or change.grown for change in changes.values()):
