@@ -202,7 +202,7 @@ def shared(model: nn.Module) -> set[str]:
     return {name for group in names.values() if len(group) > 1 for name in group}
 
 
-def find(model: nn.Module, kind: str) -> Found:
+def find_couplings(model: nn.Module, kind: str) -> Found:
     """All couplings of a kind, and sentences about what has none."""
     found, notes = {"head": heads, "channel": channels, "layer": layers}[kind](model)
     tied = shared(model)
@@ -217,6 +217,10 @@ def find(model: nn.Module, kind: str) -> Found:
         else:
             left.append(coupling)
     return left, notes
+
+
+find = find_couplings
+"""As it is called where the module's name says the rest."""
 
 
 # ------------------------------------------------------------------------------------------------------- heads

@@ -19,7 +19,7 @@ from sparsehooks.coupling import (
     Member,
     depth_keys,
     features,
-    find,
+    find_couplings,
     is_linear,
     is_transposed,
     join,
@@ -66,7 +66,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     masks = dict(masks)
     with torch.no_grad():
         depths = _cut_layers(model, masks)
-        couplings = [coupling for kind in ("head", "channel") for coupling in find(model, kind)[0]]
+        couplings = [coupling for kind in ("head", "channel") for coupling in find_couplings(model, kind)[0]]
         _cut(model, masks, couplings)
     layers = {**getattr(model, MARK, {}), **depths}
     for module in model.modules():
@@ -83,7 +83,7 @@ def _cut_layers(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, int]:
     depths: dict[str, int] = {}
     if all(mask.any() for mask in masks.values()):
         return depths
-    for coupling in find(model, "layer")[0]:
+    for coupling in find_couplings(model, "layer")[0]:
         gone = _gone(model, masks, coupling)
         kept = [index for index in range(coupling.units) if not gone[index]]
         if len(kept) < coupling.units:

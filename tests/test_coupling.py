@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsehooks import targets
 from sparsehooks.builtin.patterns.coupled import Channel, Head, Layer
-from sparsehooks.coupling import Coupling, Member, elementwise, find, keeps_zero
+from sparsehooks.coupling import Coupling, Member, elementwise, find_couplings, keeps_zero
 from sparsehooks.tracing import traced
 
 GONE = float("-inf")
@@ -336,6 +336,6 @@ def test_functions():
     assert not keeps_zero(nn.Sigmoid())
 
 
-def test_find_knows_three_kinds():
+def test_find_couplings_knows_three_kinds():
     with pytest.raises(KeyError):
-        find(tiny_bert(), "width")
+        find_couplings(tiny_bert(), "width")

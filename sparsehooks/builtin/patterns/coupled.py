@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import Pattern
-from sparsehooks.coupling import Coupling, Member, find
+from sparsehooks.coupling import Coupling, Member, find_couplings
 
 if TYPE_CHECKING:
-    from sparsehooks.targets import Target
+    from sparsehooks import Target
 
 GONE = float("-inf")
 
@@ -34,7 +34,7 @@ class Coupled(Pattern):
     def couple(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
         """Find the slices."""
         scored = {target.parameter for target in targets}
-        found, said = find(model, self.what)
+        found, said = find_couplings(model, self.what)
         notes = [
             sentence for module, sentence in said if not module or any(name.startswith(f"{module}.") for name in scored)
         ]
