@@ -37,7 +37,7 @@ GRID = 1024
 """In how many steps the schedule's share is told apart."""
 
 
-# -------------------------------------------------------------------------------------------------------- calibration
+# ---------------------------------------------------------------------------------------------------------- calibration
 
 
 @dataclass
@@ -117,7 +117,7 @@ def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
     return values
 
 
-# -------------------------------------------------------------------------------------------------------- swapped modules
+# ------------------------------------------------------------------------------------------------------ swapped modules
 
 
 @dataclass
@@ -195,19 +195,21 @@ def _put(module: Any, site: Site) -> None:
     """Swap the class of a module, below that of an effective weight."""
     _take(module)
     cls, effective = _own(module)
-    made = _made(MIXINS[site.component.place], cls)
+    made: Any = _made(MIXINS[site.component.place], cls)  # type: ignore[arg-type]
     module.__class__ = swapping._swapped(made) if effective else made
     module._sparsehooks_site = site
 
 
-def _take(module: Any) -> Site | None:
+def _take(module: nn.Module) -> Site | None:
     """Undo ``_put``, and give what it had put."""
     if not isinstance(module, Sparse):
         return None
-    cls, effective = _own(module)
+    swapped: Any = module
+    cls, effective = _own(swapped)
+    inner: Any = _inner(cls)
     site = module._sparsehooks_site
-    module.__class__ = swapping._swapped(cls.__mro__[2]) if effective else cls.__mro__[2]
-    del module._sparsehooks_site
+    swapped.__class__ = swapping._swapped(inner) if effective else inner
+    del swapped._sparsehooks_site
     return site
 
 
@@ -216,6 +218,11 @@ def _own(module: nn.Module) -> tuple[type[nn.Module], bool]:
     cls = type(module)
     effective = issubclass(cls, swapping.EffectiveWeight)
     return (cls.__mro__[2] if effective else cls), effective
+
+
+def _inner(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that was swapped: what follows the two mixins."""
+    return cls.__mro__[3]
 
 
 def _replace(model: nn.Module, module: nn.Module, site: Site) -> bool:
@@ -230,7 +237,7 @@ def _replace(model: nn.Module, module: nn.Module, site: Site) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------------------------- stages
 
 
 def sites(model: nn.Module, component: Activation, targets: Iterable[Target | str]) -> list[str]:
@@ -238,7 +245,8 @@ def sites(model: nn.Module, component: Activation, targets: Iterable[Target | st
     names = [name for item in targets for name in ((item,) if isinstance(item, str) else item.modules)]
     chosen = {id(model.get_submodule(name)) for name in names}
     if component.place == "input":
-        return [name for name, module in model.named_modules() if id(module) in chosen]
+        layers = ((name, module) for name, module in model.named_modules() if id(module) in chosen)
+        return [name for name, module in layers if not isinstance(module, nn.Embedding)]
     found = []
     for name, module in model.named_modules():
         known = SMOOTH if component.place == "function" else (*SMOOTH, "ReLU")
@@ -261,7 +269,7 @@ def problems(planned: PlannedStage, component: Activation, model: nn.Module) -> 
         found.append(f"{planned.path}: 'sparsity' does not apply to '{use}', which has no threshold; leave it out")
     names = sites(model, component, planned.targets)
     if planned.targets and not names:
-        found.append(f"{planned.path}: '{use}' finds no activation function beside the targets; choose others")
+        found.append(f"{planned.path}: '{use}' finds nothing to act on at the targets; choose others")
     for name in names:
         if "forward" in vars(model.get_submodule(name)):
             found.append(f"{planned.path}: '{name}' has a forward of its own (offloading does this); exclude it")
@@ -318,12 +326,15 @@ class Activations:
         sparsity = getattr(planned.stage, "sparsity", None)
         if component.calibrated and sparsity is None:
             raise SessionError(f"{planned.label}: 'sparsity' is missing, such as 0.5")
-        use, made = planned.stage.component, {}
+        use = planned.stage.component
+        made: dict[str, Site] = {}
         names = sites(self._model, component, targets)
         if taken := next((name for name in names if name in self._before), None):
             raise SessionError(f"{planned.label}: another stage has '{taken}' already; exclude it from one of them")
         for name in names:
             module: Any = self._model.get_submodule(name)
+            if not isinstance(module, Sparse) and hasattr(module, "_sparsehooks_site"):
+                raise SessionError(f"{planned.label}: an earlier run has replaced '{name}'; exclude it")
             self._before[name] = module, _take(module)
             made[name] = Site(use.use, dict(use.options), component)
             if component.calibrated:
@@ -378,7 +389,7 @@ class Activations:
             for name, site in run.sites.items():
                 module = self._model.get_submodule(name)
                 if site.component.place == "function" and site.amount == 1.0:
-                    cls = _own(module)[0].__mro__[2]
+                    cls = _inner(_own(module)[0])
                     if _replace(self._model, module, site):
                         _take(module)
                         replaced.add((cls, site.component.hidden_act))
@@ -512,7 +523,7 @@ def _rename(model: nn.Module, replaced: Iterable[tuple[type[nn.Module], str | No
                     setattr(config, key, new)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reports
+# -------------------------------------------------------------------------------------------------------------- reports
 
 
 def activation_sparsity(
@@ -533,7 +544,7 @@ def activation_sparsity(
     chosen = {id(model.get_submodule(name)) for target in find(model, targets, ())[0] for name in target.modules}
     layers = {name: module for name, module in model.named_modules() if id(module) in chosen}
     recorder = Recorder()
-    squares, counts, zeros, near = ({name: 0.0 for name in layers} for _ in range(4))
+    squares, counts, zeros, near = (dict.fromkeys(layers, 0.0) for _ in range(4))
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.mask = _mask(module, args, kwargs)

@@ -554,5 +554,17 @@ class Backend(ComponentBase):
 
 KINDS: Mapping[str, type[ComponentBase]] = {
     contract.kind: contract
-    for contract in (Criterion, Pattern, Allocation, Schedule, Regularizer, Activation, Solver, Quantizer, Distiller, Codec, Backend)
+    for contract in (
+        Criterion,
+        Pattern,
+        Allocation,
+        Schedule,
+        Regularizer,
+        Activation,
+        Solver,
+        Quantizer,
+        Distiller,
+        Codec,
+        Backend,
+    )
 }

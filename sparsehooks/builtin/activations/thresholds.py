@@ -24,8 +24,8 @@ class Options:
             raise ValueError(f"'batches' must be at least 1, got {self.batches}")
 
 
-class TEAL(Activation):
-    """Of the inputs of each layer, those of ``|x| <= t`` become zero (arXiv:2408.14690).
+class Threshold(Activation):
+    """Values of ``|x| <= t`` become zero.
 
     ``t`` is the quantile of ``|x|`` over the calibration tokens, without padding, that gives the stage's sparsity. The
     gradient passes where a value stays.
@@ -33,7 +33,6 @@ class TEAL(Activation):
 
     Config = Options
     config: Options
-    place = "input"
     calibrated = True
 
     def batches(self) -> int:
@@ -45,7 +44,13 @@ class TEAL(Activation):
         return values.masked_fill(values.abs() <= amount, 0.0)
 
 
-class CATS(TEAL):
+class TEAL(Threshold):
+    """Of the inputs of each layer, those of ``|x| <= t`` become zero (arXiv:2408.14690)."""
+
+    place = "input"
+
+
+class CATS(Threshold):
     """Of the outputs of each activation function, those of ``|act(x)| <= t`` become zero (arXiv:2404.08763)."""
 
     place = "output"
