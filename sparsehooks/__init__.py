@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Window as Window,
         check_moment as check_moment,
     )
+    from sparsehooks.coupling import Coupling as Coupling, Member as Member, find_couplings as find_couplings
     from sparsehooks.errors import (
         ArtifactError as ArtifactError,
         PlanError as PlanError,
@@ -91,6 +92,7 @@ _HOME = {
     "catalog": "Component Registry",
     "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
     "Regularizer Schedule Solver Support Window check_moment",
+    "coupling": "Coupling Member find_couplings",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
     "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",

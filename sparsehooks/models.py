@@ -68,3 +68,36 @@ def copy_companions(source: Path, out: Path) -> None:
         if path.is_file() and not path.name.endswith(WEIGHTS) and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def text_batches(model: str | Path, path: Path, size: int = 32, tokens: int = 512) -> list[dict[str, Any]]:
+    """Calibration batches from a file of texts.
+
+    Args:
+        model: a folder or a name on the Hub, for its tokenizer.
+        path: texts, one a line; empty lines do not count.
+        size: texts a batch.
+        tokens: longer texts are cut.
+
+    Returns:
+        what the tokenizer gives of each batch, padded, as tensors.
+
+    Raises:
+        SparseHooksError: if the file has no text, or the model no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparseHooksError(f"'{path}' cannot be read as text: {error}") from error
+    if not texts:
+        raise SparseHooksError(f"'{path}' holds no text; give a file with one text a line")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SparseHooksError(f"'{model}' has no tokenizer, which calibration texts need") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encode = {"padding": True, "truncation": True, "max_length": tokens, "return_tensors": "pt"}
+    return [dict(tokenizer(texts[start : start + size], **encode)) for start in range(0, len(texts), size)]

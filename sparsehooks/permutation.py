@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.coupling import Coupling, find, is_transposed
+from sparsehooks.coupling import Coupling, find_couplings, is_transposed
 
 if TYPE_CHECKING:
     from sparsehooks.targets import Target
@@ -43,7 +43,7 @@ def permute_channels(model: nn.Module, targets: Iterable[Target], n: int, m: int
     """
     names = {target.parameter for target in targets}
     gains = {}
-    for coupling in find(model, "channel")[0]:
+    for coupling in find_couplings(model, "channel")[0]:
         readers = [w for w in coupling.weights if w.dim == 1 and w.parameter in names and w.size == 1]
         alone = all(w.size == 1 for w in coupling.members if w.dim == 1) and coupling.units % m == 0
         if not readers or not alone:

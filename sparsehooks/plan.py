@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -198,42 +198,64 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
         with _collecting(problems, f"{planned.path}.teacher"):
             _check_teacher(stage.teacher)
         return planned
+    if isinstance(stage, ShrinkStage):
+        return planned  # what is masked says what goes
     targets: list[Target] = []
     notes: list[str] = []
     with _collecting(problems, f"{planned.path}.targets"):
         targets, notes = find(model, stage.targets, stage.exclude)
-    overrides: dict[str, float] = {}
-    if isinstance(stage, (PruneStage, RegularizeStage)) and "pattern" in planned.components:
-        pattern = _pattern(planned)
-        with attributed(planned.components["pattern"].record):
-            misfits = [f"{planned.path}.pattern: {problem}" for problem in pattern.couple(model, targets)]
-        if isinstance(stage, PruneStage):
-            for target in targets:
-                match = first_match(model, target, stage.overrides)
-                if match is not None:
-                    overrides[target.parameter] = stage.overrides[match]
-            idle = [name for name in stage.overrides if not any(first_match(model, t, [name]) for t in targets)]
-            misfits += [f"{planned.path}.overrides: '{name}' matches no target" for name in idle]
-        misfits += _misfits(planned, pattern, stage, targets)
-        if isinstance(stage, RegularizeStage) and not misfits and not _spreads(pattern, targets):
-            misfits.append(
-                f"{planned.path}.pattern: '{stage.pattern.use}' has no groups that vanish together; use another"
-            )
-        problems += misfits
-        if not misfits and isinstance(stage, PruneStage):
-            problems += _emptied(planned, pattern, stage, targets, overrides)
-    if isinstance(stage, QuantizeStage) or (
-        "prune" in planned.components and cast(Criterion, planned.components["prune"].cls).acts == "forward"
-    ):
+    planned = replace(planned, targets=tuple(targets), notes=tuple(notes))
+    components = planned.components
+    if isinstance(stage, PruneStage):
+        planned = _with_overrides(planned, stage, model, problems)
+    if isinstance(stage, (PruneStage, RegularizeStage)) and "pattern" in components:
+        problems += _pattern_problems(planned, stage, model)
+    if isinstance(stage, ActivationStage) and "activation" in components:
+        problems += _activation_problems(planned, model)
+    if isinstance(stage, QuantizeStage) or ("prune" in components and _acts_forward(planned)):
         from sparsehooks.swapping import unsupported
 
         problems += [f"{planned.path}: {problem}" for problem in unsupported(model, targets)]
-    fitted = PlannedStage(planned.index, stage, planned.components, tuple(targets), tuple(notes), overrides)
-    if isinstance(stage, ActivationStage) and "activation" in planned.components:
-        from sparsehooks.activations import problems as of_activations
+    return planned
 
-        problems += of_activations(fitted, cast(Activation, planned.components["activation"].create()), model)
-    return fitted
+
+def _acts_forward(planned: PlannedStage) -> bool:
+    return cast(Criterion, planned.components["prune"].cls).acts == "forward"
+
+
+def _activation_problems(planned: PlannedStage, model: nn.Module) -> list[str]:
+    from sparsehooks.activations import problems
+
+    return problems(planned, cast(Activation, planned.components["activation"].create()), model)
+
+
+def _with_overrides(planned: PlannedStage, stage: PruneStage, model: nn.Module, problems: list[str]) -> PlannedStage:
+    overrides, used = {}, set()
+    for target in planned.targets:
+        match = first_match(model, target, stage.overrides)
+        if match is not None:
+            overrides[target.parameter] = stage.overrides[match]
+            used.add(match)
+    for name in stage.overrides:
+        if name not in used and not any(first_match(model, target, [name]) for target in planned.targets):
+            problems.append(f"{planned.path}.overrides: '{name}' matches no target")
+    return replace(planned, overrides=overrides)
+
+
+def _pattern_problems(planned: PlannedStage, stage: PruneStage | RegularizeStage, model: nn.Module) -> list[str]:
+    pattern, targets = _pattern(planned), list(planned.targets)
+    with attributed(planned.components["pattern"].record):
+        problems = [f"{planned.path}.pattern: {problem}" for problem in pattern.couple(model, targets)]
+    problems += _misfits(planned, pattern, stage, targets)
+    if problems:
+        return problems
+    if isinstance(stage, PruneStage):
+        return _emptied(planned, pattern, stage, targets, planned.overrides)
+    if not _spreads(pattern, targets):
+        problems.append(
+            f"{planned.path}.pattern: '{stage.pattern.use}' has no groups that vanish together; use another"
+        )
+    return problems
 
 
 def _untrainable(planned: PlannedStage) -> list[str]:

@@ -241,7 +241,7 @@ class RegularizeRun:
             )
         for target in self._stage.targets:
             gradient = self._run.weight(target).grad
-            if gradient is not None:
+            if gradient is not None and target.parameter in added:  # else no group holds it
                 gradient.add_(target.restore(added[target.parameter]))
 
     @torch.no_grad()
@@ -253,8 +253,8 @@ class RegularizeRun:
         sizes = {target.parameter: self._step_size(target, strength) for target in self._stage.targets}
         with attributed(self._stage.components["regularize"].record):
             moved = self._regularizer.proximal(self._matrices(), self._pattern, sizes)
-        if moved is not None:
-            for target in self._stage.targets:
+        for target in self._stage.targets:
+            if moved is not None and target.parameter in moved:
                 self._run.weight(target).copy_(target.restore(moved[target.parameter]))
 
     def _matrices(self) -> dict[str, Tensor]:

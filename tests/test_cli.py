@@ -211,3 +211,10 @@ def test_no_room_on_disk_leaves_nothing(folder, tmp_path):
     assert done.returncode == 2
     assert "error: cannot write" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_listed_and_printed(inside):
+    rows = json.loads(inside("recipes", "--json").out)
+    assert {"rigl", "wanda", "movement"} <= {row["name"] for row in rows}
+    assert 'grow = { use = "gradient"' in inside("recipes", "rigl").out
+    assert "did you mean 'rigl'" in inside("recipes", "rigll", status=2).err

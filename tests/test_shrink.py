@@ -612,3 +612,15 @@ def test_descriptions_that_do_not_fit(shrunk, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=r"config.json is damaged: .*'shrunk'.*; get the file again"):
         type(model).from_pretrained(tmp_path / "model")
+
+
+def test_a_decompressed_folder_of_a_shrunk_model_opens(tmp_path):
+    model, recipe = made("llama"), {"stage": [{"prune": "magnitude", "pattern": "head", "sparsity": 0.5}]}
+    recipe["stage"] += [{"shrink": True}]
+    recipe["stage"][0]["targets"] = ["*self_attn*"]
+    sparsehooks.compress(model, recipe, out=tmp_path / "sparse")
+    sparsehooks.decompress(tmp_path / "sparse", tmp_path / "dense")
+    opened = type(model).from_pretrained(tmp_path / "dense")
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in opened.state_dict().items())
+    assert sum(weight.numel() for weight in opened.parameters()) < sum(w.numel() for w in made("llama").parameters())

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsehooks.artifact.atomic import atomic_folder
 from sparsehooks.artifact.container import Rows, encode, is_blob
 from sparsehooks.artifact.inspection import Inspection, TensorRow, row_of
-from sparsehooks.artifact.reading import CONFIG, INDEX, Folder, check_tensor
+from sparsehooks.artifact.reading import CONFIG, INDEX, METHOD, Folder, check_tensor
 from sparsehooks.artifact.shards import CHECKSUMS, Shard, ShardWriter, checksums
 from sparsehooks.artifact.stored import Stored
 from sparsehooks.components import LEVELS, Codec, Level
@@ -172,6 +172,8 @@ def decompress(
 ) -> Path:
     """Write the ordinary dense model that an artifact stands for, bit for bit; a few megabytes in memory at a time.
 
+    A model that has shrunk, or whose activations are sparse, is dense afterwards and still needs sparsehooks to open.
+
     Args:
         folder: the artifact.
         out: the folder to make; it must not exist, or be empty.
@@ -202,8 +204,17 @@ def decompress(
             _write_json(temporary / INDEX, {**source.index, "metadata": {**known, "total_size": dense_bytes}})
         if source.config:
             config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+            if needed := _needed(source.config.get("quantization_config")):
+                config["quantization_config"] = needed
             _write_json(temporary / CONFIG, config)
     return Path(out)
+
+
+def _needed(marks: Any) -> dict[str, Any]:
+    """What a dense model says about itself that its architecture cannot: it has shrunk, its activations are sparse."""
+    marks = marks if isinstance(marks, dict) else {}
+    kept = {key: marks[key] for key in ("shrunk", "activations") if marks.get(key)}
+    return {"quant_method": METHOD, "version": marks.get("version"), **kept} if kept else {}
 
 
 def _scan(

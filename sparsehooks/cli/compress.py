@@ -17,6 +17,9 @@ def run(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
     recipe: Annotated[Path, typer.Option(help="The recipe; schedules do not apply, every stage acts at once.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder, or an earlier artifact to replace.")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts, one a line, for recipes that look at what the layers see.")
+    ] = None,
     level: SaveLevel = "balanced",
     plugin: PluginNames = [],  # noqa: B006
     no_autoload: NoAutoload = False,
@@ -34,9 +37,11 @@ def run(
 
         from sparsehooks.artifact.folder import inspect
         from sparsehooks.loops.posttrain import compress
+        from sparsehooks.models import text_batches
 
         transformers.utils.logging.disable_progress_bar()
-        compress(model, loaded, out, plugins=manager, level=cast("Level", level))
+        batches = None if calibration is None else text_batches(model, calibration)
+        compress(model, loaded, out, calibration=batches, plugins=manager, level=cast("Level", level))
         found = inspect(out)
     if json:
         print_json(

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsehooks import Pattern
-from sparsehooks.coupling import Coupling, Member, find_couplings
+from sparsehooks import Coupling, Member, Pattern, find_couplings
 
 if TYPE_CHECKING:
     from sparsehooks import Target
