@@ -398,7 +398,9 @@ class _Stage:
         if self._is_coupled():
             if self.solver is not None:
                 pattern = self.pruner.recipe.pattern.use
-                raise SessionError(f"{self.pruner.stage.label}: the pattern '{pattern}' leaves a solver nothing to solve")
+                raise SessionError(
+                    f"{self.pruner.stage.label}: the pattern '{pattern}' leaves a solver nothing to solve"
+                )
             self._dense()
             sequential = False
         elif not sequential and Need.INFLUENCE in self.needs:
@@ -664,4 +666,6 @@ def needs_calibration(stage: PlannedStage) -> bool:
 
 def reads_inputs(stage: PlannedStage) -> bool:
     """Whether a stage wants to know what goes into its layers."""
-    return needs_calibration(stage) and ("solver" in stage.components or bool(stage.components["prune"].cls.needs & INPUTS))
+    return needs_calibration(stage) and (
+        "solver" in stage.components or bool(stage.components["prune"].cls.needs & INPUTS)
+    )

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 
-from sparsehooks import LayerProblem, SessionError
+from sparsehooks import LayerProblem, PluginManager, SessionError
 from sparsehooks.builtin.solvers.least_squares import LeastSquares
 from sparsehooks.builtin.solvers.sparsegpt import SparseGPT, invert_lower
 from sparsehooks.testing import check_component
-from tests.helpers import installed_catalog
+
 
 SOLVERS = [SparseGPT, LeastSquares]
 
@@ -41,7 +41,9 @@ def by_loss(share):
 
 def two_of_four(_, __, weights, inverse):
     scores = (weights.square() / inverse).reshape(len(weights), -1, 4)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(2).indices, value=True).view(weights.shape)
+    return (
+        torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(2).indices, value=True).view(weights.shape)
+    )
 
 
 def everything(_, __, weights, ___):
@@ -97,7 +99,7 @@ def test_groups_are_chosen_when_they_are_reached():
     assert (chosen.view(len(chosen), -1, 4).sum(dim=2) == 2).all()
 
 
-@pytest.mark.parametrize("group", [3, 48, 100])
+@pytest.mark.parametrize("group", [3, 50, 100])
 def test_groups_of_any_size_fit_into_blocks(group):
     layer = problem(columns=300, group=group)
     starts = []
@@ -223,4 +225,4 @@ def test_triangles_are_inverted_in_halves(size):
 
 @pytest.mark.parametrize("name", ["sparsegpt", "least_squares"])
 def test_they_keep_their_contract(name):
-    check_component(installed_catalog(), "solver", name)
+    check_component(PluginManager(autoload=False).catalog, "solver", name)
