@@ -383,3 +383,17 @@ def test_it_compiles_in_one_graph():
     compiled = torch.compile(model.model.layers[0].mlp, backend="eager", fullgraph=True)
     values = torch.randn(2, 3, 64)
     assert torch.equal(compiled(values), model.model.layers[0].mlp(values))
+
+
+def test_compress_finds_thresholds_on_calibration_batches(tmp_path):
+    model = tiny_llama().eval()
+    batch = {"input_ids": torch.arange(48).reshape(4, 12)}
+    recipe = {"stage": [{"activation": "teal", "sparsity": 0.5, "targets": ["*_proj"]}]}
+    with pytest.raises(sparsehooks.PlanError, match="needs calibration batches"):
+        sparsehooks.compress(tiny_llama(), recipe)
+    sparsehooks.compress(model, recipe, out=tmp_path / "model", calibration=[batch])
+    rows = sparsehooks.activation_sparsity(model, [batch], targets=["*_proj"])
+    assert [row["zeros"] for row in rows[:3]] == [0.5] * 3  # of deeper layers the inputs change with what lies before
+    assert [row["zeros"] for row in rows] == pytest.approx([0.5] * len(rows), abs=0.05)
+    opened = type(model).from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(opened(**batch)[0], model(**batch)[0])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,12 +15,20 @@ from sparsehooks.artifact.folder import check_level, new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.artifact.write import write_model
 from sparsehooks.calibration import Calibration, needs_calibration, reads_inputs, unsupported
-from sparsehooks.components import Level, Need
+from sparsehooks.components import Activation, Level, Need
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
-from sparsehooks.plan import Plan
+from sparsehooks.plan import Plan, PlannedStage
 from sparsehooks.plugins import PluginManager, as_manager
-from sparsehooks.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, Use
+from sparsehooks.recipe import (
+    ActivationStage,
+    DistillStage,
+    PruneStage,
+    QuantizeStage,
+    Recipe,
+    RegularizeStage,
+    Use,
+)
 from sparsehooks.session import Session
 
 
@@ -59,6 +67,7 @@ def compress(
     plan = Plan.build(recipe, manager)  # a schedule that does not apply shall be right all the same
     recipe = at_once(recipe)
     reads = _check_data(plan, given=calibration is not None)
+    batches = None if calibration is None else list(calibration)
     if calibration is not None and not reads:
         warnings.warn("calibration data was given, but nothing in the recipe reads it", stacklevel=2)
     with nullcontext() if out is None else new_folder(out) as folder:  # a bad folder is refused before the work
@@ -68,12 +77,14 @@ def compress(
             model, source = open_model(model_or_path)
         session = Session.of(recipe, manager, model, total_steps=0)
         calibrate = None
-        if calibration is not None and reads:
+        if batches is not None and any(needs_calibration(stage) for stage in session.plan.stages):
             _check_layers(session.plan, model)
-            calibrate = Calibration(model, calibration)
+            calibrate = Calibration(model, batches)
         config = disarm(model)
         with session.aborting():
             session.start(model, opened=config.pruned if config is not None else None, calibrate=calibrate)
+            if batches is not None and any(_has_threshold(stage) for stage in session.plan.stages):
+                session.calibrate(batches)
             session.finish()
         arm(model, SparseHooksConfig(**session.provenance))
         if folder is not None:
@@ -85,13 +96,18 @@ def compress(
     return model
 
 
+def _has_threshold(stage: PlannedStage) -> bool:
+    """Whether a stage makes activations sparse by thresholds, which calibration finds."""
+    return isinstance(stage.stage, ActivationStage) and cast(Activation, stage.components["activation"].cls).calibrated
+
+
 def _check_data(plan: Plan, *, given: bool) -> bool:
     """Whether any stage reads calibration batches.
 
     Raises:
         PlanError: they are missing, or a criterion needs what only an optimizer has.
     """
-    readers = [stage for stage in plan.stages if needs_calibration(stage)]
+    readers = [stage for stage in plan.stages if needs_calibration(stage) or _has_threshold(stage)]
     problems = [
         f"{stage.path}: '{stage.components['prune'].record.component.name}' reads the optimizer's momentum; use "
         "CompressionCallback or attach"
@@ -126,14 +142,17 @@ def at_once(recipe: Recipe) -> Recipe:
         PlanError: for stages that need training.
     """
     problems = [
-        f"recipe.stage[{index}]: distillation needs training; use CompressionCallback or attach, or leave it out"
+        f"recipe.stage[{index}]: {what} needs training; use CompressionCallback or attach, or leave it out"
         for index, stage in enumerate(recipe.stages)
-        if isinstance(stage, DistillStage)
+        for cls, what in ((DistillStage, "distillation"), (RegularizeStage, "regularization"))
+        if isinstance(stage, cls)
     ]
     if problems:
         raise PlanError(problems)
     stages = tuple(
-        replace(stage, schedule=Use("oneshot")) if isinstance(stage, (PruneStage, QuantizeStage)) else stage
+        replace(stage, schedule=Use("oneshot"))
+        if isinstance(stage, (PruneStage, ActivationStage, QuantizeStage))
+        else stage
         for stage in recipe.stages
     )
     # nothing grows where everything goes at once
