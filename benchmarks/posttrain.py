@@ -90,7 +90,7 @@ def errors(model, tokenizer, data):
             evidence = collector.evidence(target)
             gram = evidence["gram"]
 
-            def choose(start, stop, weights, inverse, criterion=None, pattern=None, view=None):
+            def choose(_, __, weights, inverse, criterion=None, pattern=None, view=None):
                 score = weights.square() / inverse if criterion is None else criterion.score(view)
                 units = pattern.units({"w": score})
                 count = 0 if density == "2:4" else score.numel() - round(density * score.numel())  # noqa: B023

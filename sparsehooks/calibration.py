@@ -391,7 +391,7 @@ class _Stage:
         self.counts: Mapping[str, int] | None = None
         self.changes: dict[str, MaskChange] = {}
 
-    def run(self) -> dict[str, MaskChange]:
+    def run(self) -> dict[str, MaskChange]:  # noqa: C901 - each kind of evidence in turn
         if Need.GRADIENT in self.needs:
             self._gradients()
         sequential = self.gram or Need.INPUT_NORM in self.needs
@@ -441,7 +441,7 @@ class _Stage:
     def _evidence(self, target: Target) -> Mapping[str, Any]:
         return self.known[target.parameter]
 
-    def _gradients(self) -> None:
+    def _gradients(self) -> None:  # noqa: C901 - a loop over batches and targets
         """The mean gradient of the loss; the criterion sees each batch's own."""
         weights = [self.model.get_parameter(target.parameter) for target in self.targets]
         flags = [(weight, weight.requires_grad) for weight in self.model.parameters()]
@@ -449,9 +449,9 @@ class _Stage:
         total: list[Tensor | None] = [None] * len(weights)
         try:
             for weight, _ in flags:
-                weight.requires_grad_(requires_grad=False)
+                weight.requires_grad = False
             for weight in weights:
-                weight.requires_grad_(requires_grad=True)
+                weight.requires_grad = True
             for index in range(len(self.batches)):
                 with torch.enable_grad():
                     outputs = self.batches.forward(index)
@@ -460,7 +460,7 @@ class _Stage:
                         raise SessionError(
                             f"{label}: the model's outputs have no loss; put labels into the calibration batches"
                         )
-                    found = torch.autograd.grad(loss, weights, allow_unused=True)
+                    found: Sequence[Tensor | None] = torch.autograd.grad(loss, weights, allow_unused=True)
                 for place, (target, gradient) in enumerate(zip(self.targets, found, strict=True)):
                     if gradient is None:
                         continue
@@ -473,11 +473,11 @@ class _Stage:
                             criterion.collect(view)
         finally:
             for weight, flag in flags:
-                weight.requires_grad_(flag)
-        for target, gradient in zip(self.targets, total, strict=True):
-            if gradient is None:
+                weight.requires_grad = flag
+        for target, mean in zip(self.targets, total, strict=True):
+            if mean is None:
                 raise SessionError(f"{label}: no gradient reached '{target.parameter}'; exclude it")
-            self.known[target.parameter]["gradient"] = target.matrix(gradient / len(self.batches))
+            self.known[target.parameter]["gradient"] = target.matrix(mean / len(self.batches))
 
     def _view(self, target: Target, evidence: Mapping[str, Any]) -> WeightView:
         return self.masks.view(self.pruner, "prune", target, 0, lambda _: evidence)

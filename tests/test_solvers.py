@@ -10,7 +10,6 @@ from sparsehooks.builtin.solvers.least_squares import LeastSquares
 from sparsehooks.builtin.solvers.sparsegpt import SparseGPT, invert_lower
 from sparsehooks.testing import check_component
 
-
 SOLVERS = [SparseGPT, LeastSquares]
 
 
