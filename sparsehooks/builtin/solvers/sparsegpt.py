@@ -84,9 +84,9 @@ def invert_lower(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix, in halves: nearly all of it products."""
     size = len(lower)
     if size <= LEAF:
-        return torch.linalg.solve_triangular(
-            lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False
-        )
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return solved
     half = size // 2
     inverse = torch.zeros_like(lower)
     first, second = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
