@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,11 @@ class PruneRun:
     @torch.no_grad()
     def write(self) -> None:
         """Write what the layers compute with into their parameters, where masks act in the forward."""
+        if self._schedule.adaptive and self._share == 0.0:
+            warnings.warn(
+                f"{self._stage.label} pruned nothing: no evaluation has allowed it; evaluate while training",
+                stacklevel=2,
+            )
         for target in self._stage.targets:
             if target.parameter in self._run.masks.alive:
                 weight = self._run.weight(target)

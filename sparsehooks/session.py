@@ -36,6 +36,7 @@ from sparsehooks.running import Calibrate, Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.targets import Target
 from sparsehooks.views import SessionView
 
+DIVERGED = "the training has diverged, lower the learning rate"
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
 
@@ -239,6 +240,8 @@ class Session:
                 how = "never began" if status is None else f"did not reach its end (sparsity {self.sparsity:.3f})"
                 warnings.warn(f"{stage.label} {how}: the run stopped at step {self.step}", stacklevel=2)
                 self._change(stage, "skipped")
+        for name in self.masks.masks:
+            check_finite(f"weights of '{name}'", self._weights[name].detach(), DIVERGED)
         for pruning in self._pruning.values():
             pruning.write()
         self.masks.apply()
@@ -256,7 +259,7 @@ class Session:
                 if id(weight) not in left:
                     continue
                 matrix = target.matrix(weight)
-                check_finite(f"weights of '{name}'", matrix, "the training has diverged, lower the learning rate")
+                check_finite(f"weights of '{name}'", matrix, DIVERGED)
                 effective = quantizer.unpack(quantizer.pack(matrix), matrix.dtype)
                 weight.copy_(target.restore(effective, weight.shape))
         self._metadata = self.manager.artifact_metadata(self.view)

@@ -328,3 +328,34 @@ def test_named_recipes_fit_a_model(name):
 def test_a_recipe_name_that_is_not_there_suggests_another():
     with pytest.raises(sparsehooks.RecipeError, match="did you mean 'rigl'"):
         Recipe.load("rigll")
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"prune": "movement", "sparsity": 0.5}, "learns which weights matter while the model trains"),
+        (
+            {"prune": "magnitude", "sparsity": 0.5, "schedule": {"use": "feedback", "metric": "x"}},
+            "follows the evaluations of training",
+        ),
+    ],
+)
+def test_what_needs_training_is_refused_without_it(stage, message):
+    with pytest.raises(PlanError, match=message):
+        sparsehooks.compress(net(), {"stage": [stage]})
+
+
+def test_weights_that_are_not_finite_are_not_finished():
+    def each(session, model, optimizer, when, step):
+        if when == "after" and step == 19:
+            model[0].weight.data[0, 0] = float("nan")
+
+    schedule = {"use": "oneshot", "start": 2}
+    with pytest.raises(SessionError, match=r"1 of 288 weights of '0.weight' are not finite"):
+        train(net(), recipe(sparsity=0.5, schedule=schedule), each=each)
+
+
+def test_feedback_without_evaluations_says_that_nothing_was_pruned():
+    schedule = {"use": "feedback", "metric": "accuracy"}
+    with pytest.warns(UserWarning, match="pruned nothing: no evaluation has allowed it"):
+        train(net(), recipe(sparsity=0.5, schedule=schedule))

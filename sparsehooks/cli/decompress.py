@@ -23,4 +23,7 @@ def run(
     if json:
         print_json({"out": str(out)})
         return
-    typer.echo(f"wrote {out}, an ordinary dense model")
+    config = out / "config.json"
+    cut = config.is_file() and "quantization_config" in config.read_text(encoding="utf-8")
+    what = "dense; its shape or its activations still need sparsehooks to open" if cut else "an ordinary dense model"
+    typer.echo(f"wrote {out}, {what}")

@@ -15,7 +15,7 @@ from sparsehooks.artifact.folder import check_level, new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.artifact.write import write_model
 from sparsehooks.calibration import Calibration, needs_calibration, reads_inputs, unsupported
-from sparsehooks.components import Activation, Level, Need
+from sparsehooks.components import Activation, Criterion, Level, Need, Schedule
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
 from sparsehooks.plan import Plan, PlannedStage
@@ -101,6 +101,18 @@ def _has_threshold(stage: PlannedStage) -> bool:
     return isinstance(stage.stage, ActivationStage) and cast(Activation, stage.components["activation"].cls).calibrated
 
 
+def _needs_training(stage: PlannedStage) -> str | None:
+    """Why a prune stage makes no sense without training, or None."""
+    if not isinstance(stage.stage, PruneStage):
+        return None
+    advice = "use CompressionCallback or attach"
+    if cast(type[Criterion], stage.components["prune"].cls).acts == "forward":
+        return f"'{stage.stage.prune.use}' learns which weights matter while the model trains; {advice}"
+    if cast(type[Schedule], stage.components["schedule"].cls).adaptive:
+        return f"the schedule '{stage.stage.schedule.use}' follows the evaluations of training; {advice}"
+    return None
+
+
 def _check_data(plan: Plan, *, given: bool) -> bool:
     """Whether any stage reads calibration batches.
 
@@ -114,6 +126,7 @@ def _check_data(plan: Plan, *, given: bool) -> bool:
         for stage in plan.stages
         if isinstance(stage.stage, PruneStage) and Need.MOMENTUM in stage.components["prune"].cls.needs
     ]
+    problems += [f"{stage.path}: {why}" for stage in plan.stages if (why := _needs_training(stage)) is not None]
     if not given:
         problems += [
             f"{stage.label}: needs calibration batches, such as a hundred texts; give them as 'calibration'"
