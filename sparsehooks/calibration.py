@@ -577,9 +577,7 @@ class _Stage:
             check_finite(f"solved weights of '{target.parameter}'", solved, "raise the solver's damping")
         weight.copy_(target.restore(solved).to(weight.dtype))
         shaped = target.restore(mask)
-        self.changes[target.parameter] = self.masks._replace(
-            target.parameter, shaped, None, revives=self.pruner.revives
-        )
+        self.changes[target.parameter] = self.masks.replace(target.parameter, shaped, None, revives=self.pruner.revives)
         self.masks.apply()
 
 

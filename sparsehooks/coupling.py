@@ -219,10 +219,6 @@ def find_couplings(model: nn.Module, kind: str) -> Found:
     return left, notes
 
 
-find = find_couplings
-"""As it is called where the module's name says the rest."""
-
-
 # ------------------------------------------------------------------------------------------------------- heads
 
 

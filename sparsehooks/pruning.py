@@ -167,7 +167,7 @@ class Masks:
         changes = {}
         for name, mask in chosen.items():
             shaped = chosen_targets[name].restore(mask) if name in chosen_targets else mask
-            changes[name] = self._replace(name, shaped, undo, revives=pruner.revives)
+            changes[name] = self.replace(name, shaped, undo, revives=pruner.revives)
         if undo is not None:
             self._undo = undo
         label = pruner.stage.label
@@ -307,9 +307,17 @@ class Masks:
         old = self.masks.get(target.parameter)
         return score if old is None else score.masked_fill(~target.matrix(old), float("-inf"))
 
-    def _replace(
+    def replace(
         self, name: str, mask: Tensor, undo: dict[str, dict[str, Tensor]] | None, *, revives: bool
     ) -> MaskChange:
+        """Take a new mask (of the parameter's shape) for a weight.
+
+        Args:
+            name: of the parameter.
+            mask: bool, True where a weight stays.
+            undo: receives what ``step_back`` needs, if it is given.
+            revives: whether weights that went before may come back.
+        """
         mask = mask.contiguous()
         old = self.masks.get(name)
         if old is not None and not revives:

@@ -29,19 +29,13 @@ class Taylor(Criterion):
         return (view.weight * view.gradient).abs()
 
 
-class Snip(Criterion):
-    """The sensitivity of the loss to the mask, before training (Lee et al. 2019, arXiv:1810.02340, equation 5).
+class Snip(Taylor):
+    """The sensitivity ``|dL/dm| = |w g|`` of the loss to a mask of ones, before training (Lee et al. 2019).
 
-    In a loop the first step's gradient decides, before that step is made: accumulate gradients for more batches.
-    The paper divides by the sum over all layers, which changes no comparison and is left out.
+    arXiv:1810.02340, equation 5. In a loop the first step's gradient decides, before that step is made: accumulate
+    gradients for more batches. The paper divides by the sum over all layers, which changes no comparison and is left
+    out.
     """
-
-    needs = frozenset({Need.GRADIENT})
-
-    def score(self, view: WeightView) -> Tensor:
-        """``|dL/dm| = |w g|`` at a mask of ones."""
-        assert view.gradient is not None
-        return (view.weight * view.gradient).abs()
 
 
 class Momentum(Criterion):
