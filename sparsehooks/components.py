@@ -176,6 +176,15 @@ class Pattern(ComponentBase):
     def units(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """One score per removable unit, from the scores of its weights; the units of a matrix, in any shape."""
 
+    def select(self, units: Mapping[str, Tensor], counts: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """Which units stay: a bool mask of each, with exactly ``counts`` of them True; -inf marks what has gone.
+
+        Default: the largest of each matrix, of equal ones the first.
+        """
+        from sparsehooks.masks import select
+
+        return select(units, counts)
+
     @abstractmethod
     def expand(self, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mask of each matrix (bool, shape of its scores, True = stays) from the bool mask of its units.

@@ -157,10 +157,10 @@ class Masks:
             counts = self._counts(pruner, units, progress, step)
         if growth and all(name in self.masks for name in chosen_targets):
             grown = {key: int(growth * count) for key, count in counts.items()}
-            keep = masks.select(units, {key: counts[key] - grown[key] for key in counts})
+            keep = self._select(pruner, units, {key: counts[key] - grown[key] for key in counts})
             keep = self._grow(pruner, chosen_targets, keep, grown, step, evidence)
         else:
-            keep = masks.select(units, counts)
+            keep = self._select(pruner, units, counts)
         with attributed(pruner.stage.components["pattern"].record):
             chosen = pruner.pattern.expand(keep, scores)
         undo: dict[str, dict[str, Tensor]] | None = {} if pruner.schedule.adaptive else None
@@ -234,6 +234,10 @@ class Masks:
         with attributed(pruner.stage.components["pattern"].record):
             return pruner.pattern.units(scores)
 
+    def _select(self, pruner: Pruner, units: Mapping[str, Tensor], counts: Mapping[str, int]) -> Mapping[str, Tensor]:
+        with attributed(pruner.stage.components["pattern"].record):
+            return pruner.pattern.select(units, counts)
+
     def _counts(self, pruner: Pruner, units: Mapping[str, Tensor], progress: float, step: int) -> Mapping[str, int]:
         stage, share = pruner.stage, pruner.pattern.share()
         shapes = {target.parameter: target.shape for target in stage.targets}
@@ -278,7 +282,7 @@ class Masks:
         free = {key: unit.masked_fill(keep[key], float("-inf")) for key, unit in units.items()}
         if pruner.allocation.reads_scores:
             grown = masks.top_counts(free, sum(grown.values()))
-        new = masks.select(free, grown)
+        new = self._select(pruner, free, grown)
         return {key: keep[key] | new[key] for key in keep}
 
     def _score(

@@ -180,10 +180,10 @@ class PruneRun:
 
         def mask(matrix: Tensor, training: bool) -> Tensor:
             chosen = self._run.masks.masks.get(target.parameter)
-            if chosen is None:  # the stage has not begun
-                return matrix
+            # before the stage begins nothing is masked, and what is learned learns already
+            keep = torch.ones_like(matrix, dtype=torch.bool) if chosen is None else target.matrix(chosen)
             view = WeightView(target.parameter, matrix, 0, learned=learned, training=training)
-            return self._pruner.criterion.effective(view, target.matrix(chosen))
+            return self._pruner.criterion.effective(view, keep)
 
         return mask
 

@@ -170,7 +170,12 @@ def _check_pattern(component: ComponentBase) -> None:
     empty = pattern.expand({name: torch.zeros_like(unit, dtype=torch.bool) for name, unit in units.items()}, scores)
     half = {name: torch.arange(unit.numel()).reshape(unit.shape) % 2 == 0 for name, unit in units.items()}
     some = pattern.expand(half, scores)
+    counts = {name: unit.numel() // 3 for name, unit in units.items()}
+    chosen = pattern.select(units, counts)
     for name, score in scores.items():
+        assert chosen[name].shape == units[name].shape, "select() must give masks of the shape of the units"
+        assert chosen[name].dtype == torch.bool, f"select() must give bool masks, got {chosen[name].dtype}"
+        assert int(chosen[name].sum()) == counts[name], f"select() must keep exactly {counts[name]} units"
         for mask in (whole[name], empty[name], some[name]):
             assert mask.shape == score.shape, "expand() must give masks of the shape of the scores"
             assert mask.dtype == torch.bool, f"expand() must give bool masks, got {mask.dtype}"
@@ -181,7 +186,7 @@ def _check_pattern(component: ComponentBase) -> None:
         pruned = score.masked_fill(~some[name], float("-inf"))
         again = pattern.units({name: pruned})[name]
         assert not bool(again.isnan().any()), "units() must not make NaN of scores of minus infinity (pruned weights)"
-    assert _equal(scores, before), "units() and expand() must leave the scores as they are"
+    assert _equal(scores, before), "units(), select() and expand() must leave the scores as they are"
 
 
 def _check_allocation(component: ComponentBase) -> None:

@@ -21,7 +21,6 @@ from sparsehooks.builtin.patterns.tiles import Row
 from sparsehooks.builtin.patterns.unstructured import Options as PerOptions, Unstructured
 from sparsehooks.builtin.regularizers.lasso import L1, GroupLasso, Options as LassoOptions
 from sparsehooks.builtin.schedules.rounds import Iterative, Rounds
-from sparsehooks.masks import select
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -158,11 +157,11 @@ def test_wanda_and_sparsegpt_equal_their_formulas():
 def test_comparison_per_row_keeps_the_same_number_of_each():
     scores = {"w": normal(5, 12).abs()}
     pattern = Unstructured(PerOptions(per="row"))
-    mask = select(pattern.units(scores), {"w": 5 * 4})["w"]
+    mask = pattern.select(scores, {"w": 5 * 4})["w"]
     expected = torch.zeros(5, 12, dtype=torch.bool).scatter_(1, scores["w"].topk(4).indices, value=True)
     assert torch.equal(mask, expected)
     gone = {"w": scores["w"].masked_fill(~mask, float("-inf"))}
-    again = select(pattern.units(gone), {"w": 5 * 2})["w"]
+    again = pattern.select(gone, {"w": 5 * 2})["w"]
     assert (again.sum(1) == 2).all()
     assert not (again & ~mask).any()
 

@@ -57,9 +57,9 @@ class Owl(Allocation):
         here = unit[unit != float("-inf")].float()
         if not here.numel():
             return 0.0
-        if here.min() < 0:  # ranks within a row, learned scores: all of them, or none, would exceed the mean
+        if here.min() < 0:  # learned scores: all of them, or none, would exceed the mean
             raise SessionError(
                 f"{name}: the allocation 'owl' compares scores with their mean, and some are negative; use a criterion "
-                "such as 'wanda', and a pattern without per = \"row\""
+                "such as 'wanda'"
             )
         return float((here > self.config.outlier * here.mean()).float().mean())

@@ -12,7 +12,6 @@ BLOCK = 128
 """Columns that are chosen at once, and whose errors reach the columns after them in one product."""
 STRIP = 32
 """Columns of a block whose errors reach the rest of the block in one product."""
-LEAF = 64
 
 
 class SparseGPT(Solver):
@@ -22,74 +21,77 @@ class SparseGPT(Solver):
     config: Options
 
     def solve(self, layer: LayerProblem, choose: Choose, quantize: Quantize | None = None) -> tuple[Tensor, Tensor]:
-        """Blocks of 128 columns are chosen when they are reached; groups of N:M too."""
+        """Blocks of 128 columns are chosen when they are reached; groups of N:M too.
+
+        With a lower R and H = R^T R, what is lost is the sum over columns j of (sum over i <= j of R_ji d_i)^2, where d
+        is what the columns moved by. The inverse that the paper updates with is needed within a block only: R_bb^-1.
+        """
         gram, dead = without_dead(layer.gram)
-        # H^-1 = U^T U with an upper U, by one factorization: of H read backwards, H = (J L J)(J L J)^T
+        # one factorization, of H read backwards: R = J L^T J
         _, lower = factor(layer.name, gram.flip(0, 1), self.config.damping)
-        upper = invert_lower(lower).flip(0, 1).contiguous()
-        diagonal = upper.diagonal().clone()
+        root = lower.t().flip(0, 1)
         weight = layer.weight.t().contiguous()  # a column of the layer lies together
         weight[dead] = 0.0
-        mask = torch.empty_like(weight, dtype=torch.bool)
+        moved, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
         group = layer.group or BLOCK
         block = max(group, BLOCK // group * group)
         strip = group if group > STRIP else STRIP // group * group
         for start in range(0, len(weight), block):
             stop = min(start + block, len(weight))
-            errors = torch.empty_like(weight[start:stop])
-            for first in range(start, stop, strip):
-                last = min(first + strip, stop)
-                for column in range(first, last):
-                    if (column - start) % group == 0:
-                        end = min(column + group, stop)
-                        if end > last:  # a block chosen as a whole, at its start
-                            assert column == start
-                        chosen = choose(column, end, weight[column:end].t(), diagonal[column:end].square())
-                        mask[column:end] = chosen.t()
-                    self._column(weight, mask, upper, errors, column, start, last, quantize)
-                if last < stop:
-                    weight[last:stop].addmm_(
-                        upper[first:last, last:stop].t(), errors[first - start : last - start], alpha=-1
-                    )
-            if stop < len(weight):
-                weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+            own = root[start:stop, start:stop]
+            inverse = torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=False)
+            before = weight[start:stop].clone()
+            if start:  # the optimum of what is still free
+                weight[start:stop] += inverse @ (root[start:stop, :start] @ moved[:start])
+            _Block(weight[start:stop], mask[start:stop], inverse.t().contiguous(), start, group, strip).solve(
+                choose, quantize
+            )
+            moved[start:stop] = before - weight[start:stop]
         return weight.t().contiguous(), mask.t().contiguous()
 
-    @staticmethod
-    def _column(
-        weight: Tensor,
-        mask: Tensor,
-        upper: Tensor,
-        errors: Tensor,
-        column: int,
-        start: int,
-        last: int,
-        quantize: Quantize | None,
-    ) -> None:
+
+class _Block:
+    """Columns that compensate for each other one by one.
+
+    Args:
+        weight: (columns, rows), replaced by what is chosen.
+        mask: (columns, rows), filled.
+        upper: the factor of the inverse, ``[H^-1] = U^T U`` over the columns from these on.
+        start: the first of the columns in the layer.
+        group: columns that are chosen at once.
+        strip: columns whose errors reach the rest of the block in one product.
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor, upper: Tensor, start: int, group: int, strip: int) -> None:
+        self._weight, self._mask, self._upper = weight, mask, upper
+        self._start, self._group, self._strip = start, group, strip
+        self._errors = torch.empty_like(weight)
+
+    def solve(self, choose: Choose, quantize: Quantize | None) -> None:
+        size, spread = len(self._weight), self._upper.diagonal().square()
+        for first in range(0, size, self._strip):
+            last = min(first + self._strip, size)
+            for column in range(first, last):
+                if column % self._group == 0:
+                    end = min(column + self._group, size)
+                    chosen = choose(
+                        self._start + column, self._start + end, self._weight[column:end].t(), spread[column:end]
+                    )
+                    self._mask[column:end] = chosen.t()
+                self._fix(column, last, quantize)
+            if last < size:
+                self._weight[last:].addmm_(self._upper[first:last, last:].t(), self._errors[first:last], alpha=-1)
+
+    def _fix(self, column: int, last: int, quantize: Quantize | None) -> None:
         """Fix a column, and move its error into those up to ``last``."""
-        old = weight[column]
-        new = old * mask[column]
+        old = self._weight[column]
+        new = old * self._mask[column]
         if quantize is not None:
-            new = quantize(new[:, None], slice(column, column + 1))[:, 0]
-        error = errors[column - start]
+            place = self._start + column
+            new = quantize(new[:, None], slice(place, place + 1))[:, 0]
+        error, row = self._errors[column], self._upper[column, column:last]
         torch.sub(old, new, out=error)
-        row = upper[column, column:last]
         error.div_(row[0])
         old.copy_(new)
         if column + 1 < last:
-            weight[column + 1 : last].addr_(row[1:], error, alpha=-1)
-
-
-def invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, in halves: nearly all of it products."""
-    size = len(lower)
-    if size <= LEAF:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-        return solved
-    half = size // 2
-    inverse = torch.zeros_like(lower)
-    first, second = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, second
-    inverse[half:, :half] = -(second @ (lower[half:, :half] @ first))
-    return inverse
+            self._weight[column + 1 : last].addr_(row[1:], error, alpha=-1)
