@@ -132,8 +132,8 @@ SETTINGS = {
     "lenet300": {
         "dense": Settings(20),
         "gradual": Settings(30),
-        "rigl": Settings(30),
-        "set": Settings(30),
+        "rigl": Settings(100),
+        "set": Settings(100),
     },
     "lenet5": {
         "dense": Settings(7, rate=0.05),

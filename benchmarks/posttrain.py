@@ -23,8 +23,9 @@ from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
 from sparsehooks import LayerProblem, compress
+from sparsehooks.batches import Batches, measuring
 from sparsehooks.builtin.solvers.sparsegpt import SparseGPT
-from sparsehooks.calibration import Batches, Collector, measuring
+from sparsehooks.collecting import Collector
 from sparsehooks.demo.data import load_pairs
 from sparsehooks.demo.evaluation import spearman
 from sparsehooks.targets import find
@@ -144,7 +145,7 @@ def times():
 
     from sparsehooks.builtin.criteria.calibrated import Wanda
     from sparsehooks.builtin.patterns.unstructured import Options, Unstructured
-    from sparsehooks.calibration import Moments
+    from sparsehooks.collecting import Moments
     from sparsehooks.views import WeightView
 
     def wanda():

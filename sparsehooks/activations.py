@@ -6,22 +6,21 @@ they are. Thresholds stay in place on the finished model; config.json carries th
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from sparsehooks import distributed, swapping
+from sparsehooks.batches import Batches
 from sparsehooks.components import Activation
 from sparsehooks.decoding import decode
 from sparsehooks.errors import PluginError, RecipeError, SessionError
 from sparsehooks.plugins import installed_catalog
+from sparsehooks.sampling import GRID, Recorder, Sample, without_padding
+from sparsehooks.sites import Site, Sparse, inner, own, put, replace, take
 from sparsehooks.targets import Target, find
 
 if TYPE_CHECKING:
@@ -31,211 +30,6 @@ SMOOTH = ("GELU", "SiLU", "Mish", "Swish")
 """What the class of a smooth activation function has in its name."""
 KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 """Under which keys the configs of transformers name their activation function."""
-LIMIT = 1 << 20
-"""How many values of a layer a threshold is fitted to; of more, a random part counts."""
-GRID = 1024
-"""In how many steps the schedule's share is told apart."""
-
-
-# ---------------------------------------------------------------------------------------------------------- calibration
-
-
-@dataclass
-class Recorder:
-    """What the layers have to know of the batch that runs.
-
-    Attributes:
-        on: whether values are collected.
-        mask: the attention mask of the batch, if it has one.
-    """
-
-    on: bool = False
-    mask: Tensor | None = None
-
-
-class Sample:
-    """The magnitudes that have passed a layer.
-
-    Args:
-        name: of the module, for messages.
-        recorder: tells what to collect.
-    """
-
-    def __init__(self, name: str, recorder: Recorder) -> None:
-        self.name = name
-        self._recorder = recorder
-        self._parts: list[Tensor] = []
-        self._rate = 1.0
-        self._generator = torch.Generator().manual_seed(distributed.seed_of(name))
-
-    @torch.no_grad()
-    def add(self, values: Tensor) -> None:
-        """Collect the magnitudes of a batch, without padding.
-
-        Raises:
-            SessionError: if they are not finite.
-        """
-        if not self._recorder.on:
-            return
-        magnitudes = without_padding(values.detach(), self._recorder.mask).abs().flatten()
-        if not bool(magnitudes.isfinite().all()):
-            raise SessionError(f"the activations of '{self.name}' are not finite; look at the data, or exclude it")
-        self._parts.append(self._thin(magnitudes, self._rate))
-        while self._rate > 2**-40 and sum(part.numel() for part in self._parts) > LIMIT:
-            self._rate /= 2
-            self._parts = [self._thin(torch.cat(self._parts), 0.5)]
-
-    def table(self, sparsity: float) -> Tensor:
-        """The thresholds at the shares 0, 1/GRID, ..., 1 of the sparsity: order statistics, -1 where nothing goes.
-
-        Raises:
-            SessionError: if nothing was collected.
-        """
-        ordered = torch.cat(self._parts).sort().values if self._parts else torch.empty(0)
-        if not ordered.numel():
-            raise SessionError(f"nothing has passed '{self.name}' yet; give calibration batches, or exclude it")
-        counts = [round(sparsity * share / GRID * ordered.numel()) for share in range(GRID + 1)]
-        picked = ordered[torch.tensor([max(count - 1, 0) for count in counts], device=ordered.device)].double()
-        table = torch.where(torch.tensor(counts, device=picked.device) > 0, picked, -1.0)
-        distributed.average(table)
-        return table.cpu()
-
-    def _thin(self, values: Tensor, rate: float) -> Tensor:
-        if rate == 1.0:
-            return values
-        return values[(torch.rand(values.numel(), generator=self._generator) < rate).to(values.device)]
-
-
-def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values of real tokens, (tokens, features), where the mask fits; else all."""
-    if mask is None or mask.dim() != 2:
-        return values
-    if values.dim() > 2 and values.shape[:2] == mask.shape:
-        return values[mask.to(values.device).bool()]
-    if values.dim() == 2 and values.shape[0] == mask.numel() != mask.shape[0]:
-        return values[mask.to(values.device).bool().flatten()]
-    return values
-
-
-# ------------------------------------------------------------------------------------------------------ swapped modules
-
-
-@dataclass
-class Site:
-    """What a swapped module does to its values.
-
-    Attributes:
-        use: the component's name.
-        options: its options.
-        component: itself.
-        amount: the threshold, or the share of a function; None: nothing yet.
-        sample: collects the values, during calibration.
-    """
-
-    use: str
-    options: Mapping[str, Any]
-    component: Activation
-    amount: float | None = None
-    sample: Sample | None = None
-
-    def threshold(self, values: Tensor) -> Tensor:
-        """The values with zeros."""
-        if self.sample is not None:
-            self.sample.add(values)
-        return values if self.amount is None else self.component.apply(values, self.amount)
-
-    def to_plain(self) -> dict[str, Any]:
-        """For config.json."""
-        return {**self.options, "use": self.use, "amount": self.amount}
-
-
-class Sparse:
-    """The mixin of all swapped modules."""
-
-    _sparsehooks_site: Site
-
-
-class SparseInput(Sparse):
-    """A layer that zeroes inputs."""
-
-    def _sparsehooks_incoming(self, values: Tensor) -> Tensor:
-        return self._sparsehooks_site.threshold(values)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """The layer's forward of the sparse input."""
-        return super().forward(self._sparsehooks_site.threshold(input))  # type: ignore[misc,no-any-return]
-
-
-class SparseOutput(Sparse):
-    """An activation function that zeroes outputs."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The function's forward, made sparse."""
-        return self._sparsehooks_site.threshold(super().forward(input))  # type: ignore[misc]
-
-
-class MixedFunction(Sparse):
-    """An activation function that turns into another one."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The mix of both."""
-        site, before = self._sparsehooks_site, super().forward(input)  # type: ignore[misc]
-        return before if site.amount is None else site.component.apply(input, site.amount, before)
-
-
-MIXINS: Mapping[str, type[Sparse]] = {"input": SparseInput, "output": SparseOutput, "function": MixedFunction}
-
-
-@functools.cache
-def _made(mixin: type[Sparse], cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Sparse{cls.__name__}", (mixin, cls), {})
-
-
-def _put(module: Any, site: Site) -> None:
-    """Swap the class of a module, below that of an effective weight."""
-    _take(module)
-    cls, effective = _own(module)
-    made: Any = _made(MIXINS[site.component.place], cls)  # type: ignore[arg-type]
-    module.__class__ = swapping._swapped(made) if effective else made
-    module._sparsehooks_site = site
-
-
-def _take(module: nn.Module) -> Site | None:
-    """Undo ``_put``, and give what it had put."""
-    if not isinstance(module, Sparse):
-        return None
-    swapped: Any = module
-    cls, effective = _own(swapped)
-    inner: Any = _inner(cls)
-    site = module._sparsehooks_site
-    swapped.__class__ = swapping._swapped(inner) if effective else inner
-    del swapped._sparsehooks_site
-    return site
-
-
-def _own(module: nn.Module) -> tuple[type[nn.Module], bool]:
-    """The module's class without an effective weight, and whether it has one."""
-    cls = type(module)
-    effective = issubclass(cls, swapping.EffectiveWeight)
-    return (cls.__mro__[2] if effective else cls), effective
-
-
-def _inner(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that was swapped: what follows the two mixins."""
-    return cls.__mro__[3]
-
-
-def _replace(model: nn.Module, module: nn.Module, site: Site) -> bool:
-    """Put the function that the component ends in under every name of the module."""
-    made: Any = site.component.replacement()
-    if made is None:
-        return False
-    made.train(module.training)
-    made._sparsehooks_site = site
-    for name in [name for name, other in model.named_modules(remove_duplicate=False) if other is module]:
-        model.set_submodule(name, made)
-    return True
-
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -335,11 +129,11 @@ class Activations:
             module: Any = self._model.get_submodule(name)
             if not isinstance(module, Sparse) and hasattr(module, "_sparsehooks_site"):
                 raise SessionError(f"{planned.label}: an earlier run has replaced '{name}'; exclude it")
-            self._before[name] = module, _take(module)
+            self._before[name] = module, take(module)
             made[name] = Site(use.use, dict(use.options), component)
             if component.calibrated:
                 made[name].sample = Sample(name, self._recorder)
-            _put(module, made[name])
+            put(module, made[name])
         self._runs[index] = _Run(made, component, sparsity or 0.0)
         if component.calibrated and self._hook is None:
             self._hook = self._model.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -351,7 +145,7 @@ class Activations:
         self._runs[index].share = share
         self._set(self._runs[index])
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+    def calibrate(self, batches: Batches) -> None:
         """Fit the thresholds of the stages that have started on batches, in evaluation mode.
 
         Functions that turn into others count as what they turn into.
@@ -365,7 +159,7 @@ class Activations:
                 self._set(run)
         self._calibrating = True
         try:
-            _forward(model, batches)
+            batches.run()
         finally:
             self._calibrating = False
             self._recorder.on = False
@@ -389,9 +183,9 @@ class Activations:
             for name, site in run.sites.items():
                 module = self._model.get_submodule(name)
                 if site.component.place == "function" and site.amount == 1.0:
-                    cls = _inner(_own(module)[0])
-                    if _replace(self._model, module, site):
-                        _take(module)
+                    cls = inner(own(module)[0])
+                    if replace(self._model, module, site):
+                        take(module)
                         replaced.add((cls, site.component.hidden_act))
         _rename(self._model, replaced)
         self._runs, self._before = {}, {}
@@ -401,9 +195,9 @@ class Activations:
         """Undo everything."""
         self._unhook()
         for module, site in self._before.values():
-            _take(module)
+            take(module)
             if site is not None:
-                _put(module, site)
+                put(module, site)
         self._runs, self._before = {}, {}
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
@@ -505,8 +299,8 @@ def apply_activations(model: nn.Module, entries: Mapping[str, Any]) -> None:
         site = Site(entry["use"], options, made[key], float(entry["amount"]))
         if "forward" in vars(module):
             raise ValueError(f"'{name}' has a forward of its own (offloading does this); load it on one device")
-        if not (site.component.place == "function" and site.amount == 1.0 and _replace(model, module, site)):
-            _put(module, site)
+        if not (site.component.place == "function" and site.amount == 1.0 and replace(model, module, site)):
+            put(module, site)
 
 
 def _rename(model: nn.Module, replaced: Iterable[tuple[type[nn.Module], str | None]]) -> None:
@@ -540,7 +334,7 @@ def activation_sparsity(
         for each layer ``module``, ``values`` (how many were seen), ``zeros`` (the share of exact zeros) and
         ``near_zeros`` (the share of magnitudes below 1 % of the root mean square; zeros among them).
     """
-    batches = list(batches)
+    runs = Batches(model, batches)
     chosen = {id(model.get_submodule(name)) for target in find(model, targets, ())[0] for name in target.modules}
     layers = {name: module for name, module in model.named_modules() if id(module) in chosen}
     recorder = Recorder()
@@ -568,7 +362,7 @@ def activation_sparsity(
         handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
         handles.append(model.register_forward_pre_hook(see, with_kwargs=True))
         try:
-            _forward(model, batches)
+            runs.run()
         finally:
             for handle in handles:
                 handle.remove()
@@ -588,29 +382,3 @@ def _mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     if mask is None and len(args) > 1:
         mask = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get("attention_mask")
     return mask if isinstance(mask, Tensor) else None
-
-
-@torch.no_grad()
-def _forward(model: nn.Module, batches: Iterable[Any]) -> None:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    with _evaluating(model):
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**{key: move(value) for key, value in batch.items()})
-            else:
-                model(*(move(value) for value in (batch if isinstance(batch, (tuple, list)) else (batch,))))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,23 +6,25 @@ the pruned blocks before it give, pruned, and run again. So only one block's sta
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sparsehooks.batches import Batches, measuring
+from sparsehooks.collecting import Collector
 from sparsehooks.components import Criterion, Need, Solver
-from sparsehooks.errors import PlanError, SessionError
+from sparsehooks.errors import SessionError
 from sparsehooks.masks import MaskChange, check_finite
-from sparsehooks.plan import PlannedStage
+from sparsehooks.plan import PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
 from sparsehooks.pruning import Masks, Pruner
 from sparsehooks.recipe import PruneStage
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
+from sparsehooks.walking import Blocks, IrregularBlocksError, block_lists
 
 Choose = Callable[[int, int, Tensor, Tensor], Tensor]
 """Which weights of some columns stay; see ``Solver.solve``."""
@@ -33,8 +35,6 @@ INPUTS = frozenset({Need.INPUT_NORM, Need.GRAM})
 """What the inputs of a layer tell."""
 COLLECTED = INPUTS | {Need.GRADIENT, Need.INFLUENCE}
 """What calibration batches give."""
-STRIP = 256
-"""Inputs that are squared at once: in the cache, 20 times faster on a CPU than through memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,305 +54,6 @@ class LayerProblem:
     group: int | None = None
 
 
-# ------------------------------------------------------------------------------------------------- statistics
-
-
-class Moments:
-    """The running second moments of what goes into one layer, or into several that share their input."""
-
-    def __init__(self, *, gram: bool) -> None:
-        self._wants_gram = gram
-        self._sum: Tensor | None = None
-        self.tokens = 0
-
-    def add(self, rows: Tensor) -> None:
-        """See inputs, shape (tokens, columns)."""
-        rows = rows.float()
-        self.tokens += len(rows)
-        if self._wants_gram:
-            if self._sum is None:
-                self._sum = rows.t() @ rows
-            else:
-                self._sum.addmm_(rows.t(), rows)
-        else:
-            if self._sum is None:
-                self._sum = rows.new_zeros(rows.shape[1])
-            for strip in rows.split(STRIP):
-                self._sum += strip.square().sum(dim=0)
-
-    def evidence(self, name: str) -> dict[str, Tensor]:
-        """The fields of a ``WeightView``.
-
-        Raises:
-            SessionError: nothing was seen, or values that are not finite.
-        """
-        if self._sum is None or not self.tokens:
-            raise SessionError(f"no calibration batch reaches '{name}'; exclude it")
-        check_finite(f"activations that enter '{name}', squared and summed,", self._sum, "look at the calibration data")
-        mean = self._sum / self.tokens
-        if self._wants_gram:
-            return {"gram": mean, "input_norm": mean.diagonal().clamp(min=0).sqrt()}
-        return {"input_norm": mean.sqrt()}
-
-
-def tokens_of(module: nn.Module, inputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """The inputs of a layer as (tokens, columns), without padding."""
-    if isinstance(module, nn.Conv2d):
-        unfolded = nn.functional.unfold(
-            _padded(module, inputs), module.kernel_size, module.dilation, 0, cast(Any, module.stride)
-        )
-        return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
-    for mask in masks:
-        if inputs.dim() > 2 and mask.shape == inputs.shape[: mask.dim()]:
-            return inputs[mask].reshape(-1, inputs.shape[-1])
-        if inputs.dim() == 2 and mask.dim() == 2 and mask.numel() == len(inputs) and mask.shape[1] > 1:
-            return inputs[mask.flatten()]
-    return inputs.reshape(-1, inputs.shape[-1])
-
-
-def _padded(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    edges = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return nn.functional.pad(inputs, edges, mode=mode)
-
-
-def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
-    """Why the inputs of some targets cannot be had as a matrix, a sentence each."""
-    problems = []
-    for target in targets:
-        for name in target.modules:
-            module = model.get_submodule(name)
-            if isinstance(module, nn.Conv2d) and module.groups == 1:
-                continue
-            if isinstance(module, nn.Conv2d):
-                problems.append(f"'{name}' is a convolution of {module.groups} groups, which calibration does not see")
-            elif not isinstance(module, nn.Linear) and not target.transposed:
-                problems.append(f"'{name}' is a {type(module).__name__}; calibration sees Linear, Conv1D and Conv2d")
-    return [f"{problem}; exclude it" for problem in problems]
-
-
-class Batches:
-    """The calibration batches, and how a model runs on them."""
-
-    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        self.model = model
-        device = next(model.parameters()).device
-        self._batches = [_moved(batch, device) for batch in batches]
-        if not self._batches:
-            raise PlanError(["calibration: there is no batch in it; give an iterable of dicts of tensors"])
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def forward(self, index: int) -> Any:
-        """Run the model on a batch."""
-        batch = self._batches[index]
-        if isinstance(batch, Mapping):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, (list, tuple)) else self.model(batch)
-
-    def masks(self, index: int) -> list[Tensor]:
-        """Which tokens are no padding: the attention masks among the keyword arguments."""
-        batch = self._batches[index]
-        if not isinstance(batch, Mapping):
-            return []
-        found = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
-        return [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if type(value) in (list, tuple) else value
-
-
-class Collector:
-    """Hooks on the modules of some targets that collect what goes into them."""
-
-    def __init__(self, model: nn.Module, targets: Iterable[Target], *, gram: bool) -> None:
-        self._modules = {name: model.get_submodule(name) for target in targets for name in target.modules}
-        self._names = {target.parameter: target.modules for target in targets}
-        self._gram = gram
-        self._moments: dict[str, Moments] = {}
-        self._leads: dict[str, bool] = {}
-        self._masks: Sequence[Tensor] = ()
-        self._seen: list[tuple[Tensor, str]] = []
-
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Collect inside."""
-        handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, module in self._modules.items()
-        ]
-        try:
-            yield
-        finally:
-            self._seen.clear()
-            for handle in handles:
-                handle.remove()
-
-    def batch(self, masks: Sequence[Tensor]) -> None:
-        """The next batch begins, of which these tokens are no padding."""
-        self._masks = masks
-        self._seen.clear()
-
-    def evidence(self, target: Target) -> dict[str, Tensor]:
-        """The fields of the target's view."""
-        names = [name for name in target.modules if name in self._moments]
-        moments = self._moments[names[0]] if names else Moments(gram=self._gram)
-        return moments.evidence(names[0] if names else target.modules[0])
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        tied = next((names for names in self._names.values() if name in names), (name,))
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            if name not in self._moments:
-                # layers that receive the very same tensor (query, key, value) share what is collected
-                leader = next((other for tensor, other in self._seen if tensor is inputs), None)
-                shared = next((self._moments[other] for other in tied if other in self._moments), None)
-                self._leads[name] = leader is None or shared is not None
-                self._moments[name] = shared or (self._moments[leader] if leader else Moments(gram=self._gram))
-            if self._leads[name]:
-                self._seen.append((inputs, name))
-                self._moments[name].add(tokens_of(module, inputs.detach(), self._masks))
-
-        return hook
-
-
-# ----------------------------------------------------------------------------------------------------- walking
-
-
-class IrregularBlocksError(SessionError):
-    """Blocks that cannot run one after the other; they are measured by whole forwards then."""
-
-
-class Blocks:
-    """A list of transformer blocks, each run on what those before it gave.
-
-    Args:
-        batches: of the model.
-        name: of the ``nn.ModuleList``.
-    """
-
-    def __init__(self, batches: Batches, name: str) -> None:
-        self._batches = batches
-        self.name = name
-        self.blocks = list(cast(nn.ModuleList, batches.model.get_submodule(name)))
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self._hidden: list[Any] = []
-        for index in range(len(batches)):
-            self._catch(index)
-
-    def run(self, block: int, collector: Collector | None = None) -> list[Any]:
-        """The outputs of a block on all batches."""
-        outputs = []
-        with collector.hooked() if collector else contextlib.nullcontext():
-            for index, hidden in enumerate(self._hidden):
-                if collector:
-                    collector.batch(self._batches.masks(index))
-                args, kwargs = self._calls[index][block]
-                output = self.blocks[block](
-                    *(hidden if item is _HIDDEN else item for item in args),
-                    **{key: hidden if item is _HIDDEN else item for key, item in kwargs.items()},
-                )
-                outputs.append(output[0] if isinstance(output, tuple) else output)
-        return outputs
-
-    def advance(self, outputs: list[Any]) -> None:
-        """What goes into the next block."""
-        self._hidden = outputs
-
-    def influence(self, outputs: Sequence[Tensor]) -> float:
-        """1 - the mean cosine between what goes into a block and what comes out."""
-        total, tokens = 0.0, 0
-        for index, (before, after) in enumerate(zip(self._hidden, outputs, strict=True)):
-            cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            for mask in self._batches.masks(index):
-                if mask.shape == cosine.shape:
-                    cosine = cosine[mask]
-                    break
-            total, tokens = total + float(cosine.sum()), tokens + cosine.numel()
-        check_finite(f"activations of the blocks in '{self.name}'", torch.tensor(total), "look at the calibration data")
-        return 1 - total / tokens
-
-    def _catch(self, index: int) -> None:
-        """One whole forward: with what each block is called, and where the output of the one before it stands."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        last: list[Any] = []
-        first: list[Any] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(calls) == len(self.blocks):
-                raise IrregularBlocksError(f"the blocks in '{self.name}' run more than once in a forward")
-            if not calls:
-                first.append(args[0] if args else next(iter(kwargs.values())))
-            hidden = last[0] if last else first[0]
-            values = (*args, *kwargs.values())
-            if not any(value is hidden for value in values):
-                raise IrregularBlocksError(f"a block in '{self.name}' does not receive what the one before it gave")
-            calls.append(
-                (
-                    tuple(_HIDDEN if item is hidden else item for item in args),
-                    {key: _HIDDEN if item is hidden else item for key, item in kwargs.items()},
-                )
-            )
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            last[:] = [output[0] if isinstance(output, tuple) else output]
-
-        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self.blocks]
-        handles += [block.register_forward_hook(after) for block in self.blocks]
-        try:
-            self._batches.forward(index)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(calls) != len(self.blocks):
-            raise IrregularBlocksError(f"not every block in '{self.name}' runs in a forward")
-        self._calls.append(calls)
-        self._hidden.append(first[0])
-
-
-_HIDDEN = object()
-
-
-def block_lists(model: nn.Module, targets: Iterable[Target]) -> list[str]:
-    """The outermost module lists that hold targets, the longest first."""
-    names = [name for target in targets for name in target.modules]
-    lists = {
-        name: len(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and any(n.startswith(f"{name}.") for n in names)
-    }
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return sorted(outer, key=lambda name: -lists[name])
-
-
-@contextlib.contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and without caches of keys and values."""
-    training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    model.eval()
-    try:
-        if cached:
-            config.use_cache = False  # type: ignore[union-attr]
-        yield
-    finally:
-        if cached:
-            config.use_cache = cached  # type: ignore[union-attr]
-        for module in training:
-            module.training = True
-
-
-# ------------------------------------------------------------------------------------------------------ stages
-
-
 class _Size(Criterion):
     """For counts that do not depend on scores."""
 
@@ -365,12 +66,12 @@ class Calibration:
 
     Args:
         model: on its device.
-        batches: mappings (keyword arguments of the forward), sequences (positional ones) or tensors.
+        batches: to look at.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
         self._model = model
-        self._batches = Batches(model, batches)
+        self._batches = batches
 
     def __call__(self, masks: Masks, pruner: Pruner) -> Mapping[str, MaskChange]:
         """Choose the masks of a stage, and solve for what stays."""
@@ -399,12 +100,7 @@ class _Stage:
         if Need.GRADIENT in self.needs:
             self._gradients()
         sequential = self.gram or Need.INPUT_NORM in self.needs
-        if self._is_coupled():
-            if self.solver is not None:
-                pattern = self.pruner.recipe.pattern.use
-                raise SessionError(
-                    f"{self.pruner.stage.label}: the pattern '{pattern}' leaves a solver nothing to solve"
-                )
+        if crosses_targets(self.pruner.stage, self.pruner.pattern):
             self._dense()
             sequential = False
         elif not sequential and Need.INFLUENCE in self.needs:
@@ -432,15 +128,6 @@ class _Stage:
             self._blocks(walk, mine)
         self._layers(left)
         return self.changes
-
-    def _is_coupled(self) -> bool:
-        """Whether units reach over several targets."""
-        sizes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in self.targets}
-        try:
-            with attributed(self.pruner.stage.components["pattern"].record):
-                return self.pruner.pattern.units(sizes).keys() != sizes.keys()
-        except (RuntimeError, TypeError, NotImplementedError):
-            return False
 
     def _evidence(self, target: Target) -> Mapping[str, Any]:
         return self.known[target.parameter]

@@ -250,12 +250,27 @@ def _pattern_problems(planned: PlannedStage, stage: PruneStage | RegularizeStage
     if problems:
         return problems
     if isinstance(stage, PruneStage):
+        if stage.solver is not None and crosses_targets(planned, pattern):
+            where = f"{planned.path}.solver: the pattern '{stage.pattern.use}'"
+            return [f"{where} takes slices of several layers, which leaves nothing to solve; leave 'solver' out"]
         return _emptied(planned, pattern, stage, targets, planned.overrides)
     if not _spreads(pattern, targets):
         problems.append(
             f"{planned.path}.pattern: '{stage.pattern.use}' has no groups that vanish together; use another"
         )
     return problems
+
+
+def crosses_targets(planned: PlannedStage, pattern: Pattern) -> bool:
+    """Whether units of a pattern, coupled to the model, reach over several of the stage's targets."""
+    import torch
+
+    sizes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in planned.targets}
+    try:
+        with attributed(planned.components["pattern"].record):
+            return pattern.units(sizes).keys() != sizes.keys()
+    except (RuntimeError, TypeError, NotImplementedError):  # it reads the scores, and meta tensors have none
+        return False
 
 
 def _untrainable(planned: PlannedStage) -> list[str]:

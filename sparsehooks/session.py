@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsehooks import swapping
 from sparsehooks.activations import Activations, recorded
+from sparsehooks.batches import Batches
 from sparsehooks.components import Activation, ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
 from sparsehooks.errors import SessionError
@@ -218,9 +219,9 @@ class Session:
         if not skipped:
             self._on_step(self.view, self.step)
 
-    def calibrate(self, batches: Iterable[Any]) -> None:
+    def calibrate(self, batches: Batches) -> None:
         """Without training: fit what activation stages need to these batches, before ``finish``."""
-        self._activations.calibrate(self._model, batches)
+        self._activations.calibrate(batches)
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """Call after an evaluation: adaptive schedules decide by it what the next step does."""

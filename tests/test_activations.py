@@ -11,21 +11,19 @@ from torch import nn
 import sparsehooks
 from sparsehooks import swapping
 from sparsehooks.activations import (
-    GRID,
     Activations,
-    Recorder,
-    Sample,
     apply_activations,
     check,
     problems,
     recorded,
-    without_padding,
 )
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm
+from sparsehooks.batches import Batches
 from sparsehooks.builtin.activations.relu import ReLU
 from sparsehooks.builtin.activations.thresholds import CATS, TEAL, Options
 from sparsehooks.errors import ArtifactError, SessionError
 from sparsehooks.recipe import ActivationStage
+from sparsehooks.sampling import GRID, Recorder, Sample, without_padding
 from sparsehooks.targets import find
 from sparsehooks.testing import check_component
 
@@ -62,7 +60,7 @@ def begun(model, use, sparsity=None, **options):
 def done(model, use, sparsity=None):
     acts, planned = begun(model, use, sparsity)
     if sparsity is not None:
-        acts.calibrate(model, batches())
+        acts.calibrate(Batches(model, batches()))
     acts.advance(planned, 1.0)
     return acts.finish()
 
@@ -92,7 +90,7 @@ def test_the_threshold_is_an_exact_order_statistic_and_close_to_the_normal_quant
 
 
 def test_a_large_sample_is_thinned_and_still_right(monkeypatch):
-    monkeypatch.setattr("sparsehooks.activations.LIMIT", 20_000)
+    monkeypatch.setattr("sparsehooks.sampling.LIMIT", 20_000)
     sample = Sample("layer", Recorder(on=True))
     for seed in range(10):
         sample.add(torch.randn(10_000, generator=torch.Generator().manual_seed(seed)))
@@ -127,7 +125,7 @@ def test_teal_reaches_its_sparsity_on_the_calibration_data_to_one_element():
     assert len(names) == 14
     dense = inputs_of(model, batches(), names)  # nothing is thresholded before the calibration
     held_out = inputs_of(model, batches(8, seed=5), names)
-    acts.calibrate(model, batches())
+    acts.calibrate(Batches(model, batches()))
     acts.advance(planned, 1.0)
     entries = acts.finish()
     assert sorted(entries) == sorted(names)
@@ -147,7 +145,7 @@ def test_the_held_out_sparsity_is_within_a_point_on_many_values():
     planned = stage("teal", 0.5)
     acts = Activations([(planned, TEAL(), ["0"])], layer)
     acts.start(planned)
-    acts.calibrate(layer, [torch.randn(500, 64, generator=torch.Generator().manual_seed(0))])
+    acts.calibrate(Batches(layer, [torch.randn(500, 64, generator=torch.Generator().manual_seed(0))]))
     acts.advance(planned, 1.0)
     acts.finish()
     fresh = torch.randn(500, 64, generator=torch.Generator().manual_seed(1))
@@ -174,14 +172,14 @@ def test_padding_does_not_count():
         batch["input_ids"][1:, 8:] = 7  # at the end of causal sequences nobody sees them
     first, second = done(copy.deepcopy(model), "teal", 0.5), None
     acts, planned = begun(model, "teal", 0.5)
-    acts.calibrate(model, batches())
+    acts.calibrate(Batches(model, batches()))
     acts.advance(planned, 1.0)
     second = acts.finish()
     assert first == second
     tables = []
     for given in (data, other):
         acts, _ = begun(tiny_llama(), "teal", 0.5)
-        acts.calibrate(acts._model, given)
+        acts.calibrate(Batches(acts._model, given))
         tables.append(acts.state_dict()[0]["tables"])
     assert all(torch.equal(tables[0][name], tables[1][name]) for name in tables[0])
 
@@ -253,7 +251,7 @@ def test_more_sparsity_makes_more_error_and_more_zeros():
     assert errors == sorted(errors)
     model = tiny_llama()
     acts, planned = begun(model, "cats", 0.8)
-    acts.calibrate(model, batches())
+    acts.calibrate(Batches(model, batches()))
     amounts = []
     for share in (0.0, 0.25, 0.5, 1.0):
         acts.advance(planned, share)
@@ -311,7 +309,7 @@ def test_values_that_are_not_finite_are_refused():
     acts, _ = begun(model, "teal", 0.5)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(SessionError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        acts.calibrate(model, batches())
+        acts.calibrate(Batches(model, batches()))
     acts, _ = begun(tiny_llama(), "teal", 0.5)
     with pytest.raises(SessionError, match="nothing has passed"):
         acts.finish()
@@ -330,7 +328,7 @@ def test_effective_weights_and_sparse_inputs_come_and_go_in_any_order(first):
 
     for begin in (acts.start, lambda _: weight()) if first == "activation" else (lambda _: weight(), acts.start):
         begin(planned)
-    acts.calibrate(layer, [values])
+    acts.calibrate(Batches(layer, [values]))
     acts.advance(planned, 1.0)
     sparse = TEAL().apply(values, acts._runs[0].sites["0"].amount)
     linear = layer[0]

@@ -1,14 +1,18 @@
 """Calibration: what is collected equals what a few lines compute, padding does not count, and a block at a time."""
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from sparsehooks import PlanError, SessionError, compress
-from sparsehooks.calibration import Batches, Blocks, Collector, block_lists, measuring, tokens_of, unsupported
+from sparsehooks.batches import Batches, measuring
+from sparsehooks.collecting import Collector, tokens_of, unsupported
 from sparsehooks.targets import find
+from sparsehooks.walking import Blocks, block_lists
 from tests.helpers import tiny_bert, tiny_classifier, tiny_llama
 
 EXCLUDE = ["*embed*", "*pooler*", "lm_head", "classifier"]
@@ -130,6 +134,36 @@ def test_gradients_of_the_loss_and_a_sentence_without_one():
     compress(tiny_classifier(), {"stage": [stage]}, calibration=batches(labels=True))
     with pytest.raises(SessionError, match="outputs have no loss; put labels into the calibration batches"):
         compress(tiny_classifier(), {"stage": [stage]}, calibration=batches())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("texts.txt", "calibration: got a str; give a list of batches"),
+        (Path("texts.txt"), "calibration: got a PosixPath; give a list of batches"),
+        (batches()[0], "calibration: got a dict; give a list of batches"),
+        (["a text", "another"], "calibration: batch 0 is a str; give dicts of tensors, such as tokenizer"),
+        (
+            [batches()[0], {"input_ids": [[1, 2]]}],
+            "batch 1 holds no tensor ('input_ids' as list); tokenize with",
+        ),
+    ],
+)
+def test_what_is_no_batches_is_said(given, said):
+    with pytest.raises(PlanError, match=re.escape(said)):
+        compress(tiny_bert(), {"stage": [WANDA]}, calibration=given)
+
+
+def test_batches_that_the_forward_does_not_take():
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(SessionError, match=r"calibration: batch 0 does not fit the model's forward: .*'pixels'"):
+        compress(model, {"stage": [{**WANDA, "exclude": []}]}, calibration=[{"pixels": torch.zeros(1, 8)}])
+
+
+def test_a_solver_is_refused_where_units_reach_over_layers():
+    stage = {**SPARSEGPT, "pattern": "head"}
+    with pytest.raises(PlanError, match=r"recipe.stage\[0\].solver: the pattern 'head' takes slices of several layers"):
+        compress(tiny_bert(), {"stage": [stage]}, calibration=batches())
 
 
 def test_missing_empty_and_broken_calibration():

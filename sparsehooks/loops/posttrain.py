@@ -14,7 +14,9 @@ from torch import nn
 from sparsehooks.artifact.folder import check_level, new_folder
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.artifact.write import write_model
-from sparsehooks.calibration import Calibration, needs_calibration, reads_inputs, unsupported
+from sparsehooks.batches import Batches
+from sparsehooks.calibration import Calibration, needs_calibration, reads_inputs
+from sparsehooks.collecting import unsupported
 from sparsehooks.components import Activation, Criterion, Level, Need, Schedule
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
@@ -67,7 +69,6 @@ def compress(
     plan = Plan.build(recipe, manager)  # a schedule that does not apply shall be right all the same
     recipe = at_once(recipe)
     reads = _check_data(plan, given=calibration is not None)
-    batches = None if calibration is None else list(calibration)
     if calibration is not None and not reads:
         warnings.warn("calibration data was given, but nothing in the recipe reads it", stacklevel=2)
     with nullcontext() if out is None else new_folder(out) as folder:  # a bad folder is refused before the work
@@ -76,6 +77,7 @@ def compress(
         else:
             model, source = open_model(model_or_path)
         session = Session.of(recipe, manager, model, total_steps=0)
+        batches = None if calibration is None else Batches(model, calibration)
         calibrate = None
         if batches is not None and any(needs_calibration(stage) for stage in session.plan.stages):
             _check_layers(session.plan, model)
@@ -129,7 +131,8 @@ def _check_data(plan: Plan, *, given: bool) -> bool:
     problems += [f"{stage.path}: {why}" for stage in plan.stages if (why := _needs_training(stage)) is not None]
     if not given:
         problems += [
-            f"{stage.label}: needs calibration batches, such as a hundred texts; give them as 'calibration'"
+            f"{stage.label}: needs calibration batches, such as a hundred texts: calibration=batches, or "
+            "--calibration FILE"
             for stage in readers
         ]
     if problems:

@@ -35,7 +35,7 @@ class SparseGPT(Solver):
         moved, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
         group = layer.group or BLOCK
         block = max(group, BLOCK // group * group)
-        strip = group if group > STRIP else STRIP // group * group
+        strip = STRIP // group * group or (group if group % STRIP else STRIP)
         for start in range(0, len(weight), block):
             stop = min(start + block, len(weight))
             own = root[start:stop, start:stop]

@@ -1,0 +1,104 @@
+"""Calibration batches, and how a model runs on them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsehooks.errors import PlanError, SessionError
+
+
+class Batches:
+    """The calibration batches, and how a model runs on them.
+
+    Args:
+        model: on its device.
+        batches: mappings (keyword arguments of the forward), sequences (positional ones) or tensors.
+
+    Raises:
+        PlanError: for what is no batches, in a sentence.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        self.model = model
+        device = next(model.parameters()).device
+        if isinstance(batches, (str, bytes, Path, Mapping, Tensor)) or not isinstance(batches, Iterable):
+            raise PlanError([f"calibration: got a {type(batches).__name__}; give a list of batches, dicts of tensors"])
+        self._batches = [_moved(batch, device) for batch in batches]
+        if not self._batches:
+            raise PlanError(["calibration: there is no batch in it; give an iterable of dicts of tensors"])
+        for index, batch in enumerate(self._batches):
+            if (why := _unfit(batch)) is not None:
+                raise PlanError([f"calibration: batch {index} {why}"])
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def forward(self, index: int) -> Any:
+        """Run the model on a batch."""
+        batch = self._batches[index]
+        try:
+            if isinstance(batch, Mapping):
+                return self.model(**batch)
+            return self.model(*batch) if isinstance(batch, (list, tuple)) else self.model(batch)
+        except TypeError as error:
+            raise SessionError(f"calibration: batch {index} does not fit the model's forward: {error}") from error
+
+    def run(self) -> None:
+        """Run the model on all, in evaluation mode and without gradients."""
+        with measuring(self.model), torch.no_grad():
+            for index in range(len(self)):
+                self.forward(index)
+
+    def masks(self, index: int) -> list[Tensor]:
+        """Which tokens are no padding: the attention masks among the keyword arguments."""
+        batch = self._batches[index]
+        if not isinstance(batch, Mapping):
+            return []
+        found = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+        return [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+def _unfit(batch: Any) -> str | None:
+    """Why a model cannot run on a batch, as the end of a sentence."""
+    if isinstance(batch, Tensor):
+        return None
+    if isinstance(batch, Mapping):
+        if not any(isinstance(value, Tensor) for value in batch.values()):
+            kinds = ", ".join(f"'{key}' as {type(value).__name__}" for key, value in batch.items())
+            return f'holds no tensor ({kinds}); tokenize with return_tensors="pt"'
+        return None
+    if isinstance(batch, (list, tuple)) and any(isinstance(value, Tensor) for value in batch):
+        return None
+    return f'is a {type(batch).__name__}; give dicts of tensors, such as tokenizer(texts, return_tensors="pt")'
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if type(value) in (list, tuple) else value
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and without caches of keys and values."""
+    training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    model.eval()
+    try:
+        if cached:
+            config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        if cached:
+            config.use_cache = cached  # type: ignore[union-attr]
+        for module in training:
+            module.training = True

@@ -1,0 +1,131 @@
+"""Where activations become sparse: modules whose class is swapped for one that changes its values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsehooks import swapping
+from sparsehooks.components import Activation
+from sparsehooks.sampling import Sample
+
+
+@dataclass
+class Site:
+    """What a swapped module does to its values.
+
+    Attributes:
+        use: the component's name.
+        options: its options.
+        component: itself.
+        amount: the threshold, or the share of a function; None: nothing yet.
+        sample: collects the values, during calibration.
+    """
+
+    use: str
+    options: Mapping[str, Any]
+    component: Activation
+    amount: float | None = None
+    sample: Sample | None = None
+
+    def threshold(self, values: Tensor) -> Tensor:
+        """The values with zeros."""
+        if self.sample is not None:
+            self.sample.add(values)
+        return values if self.amount is None else self.component.apply(values, self.amount)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For config.json."""
+        return {**self.options, "use": self.use, "amount": self.amount}
+
+
+class Sparse:
+    """The mixin of all swapped modules."""
+
+    _sparsehooks_site: Site
+
+
+class SparseInput(Sparse):
+    """A layer that zeroes inputs."""
+
+    def _sparsehooks_incoming(self, values: Tensor) -> Tensor:
+        return self._sparsehooks_site.threshold(values)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
+        """The layer's forward of the sparse input."""
+        return super().forward(self._sparsehooks_site.threshold(input))  # type: ignore[misc,no-any-return]
+
+
+class SparseOutput(Sparse):
+    """An activation function that zeroes outputs."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The function's forward, made sparse."""
+        return self._sparsehooks_site.threshold(super().forward(input))  # type: ignore[misc]
+
+
+class MixedFunction(Sparse):
+    """An activation function that turns into another one."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The mix of both."""
+        site, before = self._sparsehooks_site, super().forward(input)  # type: ignore[misc]
+        return before if site.amount is None else site.component.apply(input, site.amount, before)
+
+
+MIXINS: Mapping[str, type[Sparse]] = {"input": SparseInput, "output": SparseOutput, "function": MixedFunction}
+
+
+@functools.cache
+def _made(mixin: type[Sparse], cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Sparse{cls.__name__}", (mixin, cls), {})
+
+
+def put(module: Any, site: Site) -> None:
+    """Swap the class of a module, below that of an effective weight."""
+    take(module)
+    cls, effective = own(module)
+    made: Any = _made(MIXINS[site.component.place], cls)  # type: ignore[arg-type]
+    module.__class__ = swapping._swapped(made) if effective else made
+    module._sparsehooks_site = site
+
+
+def take(module: nn.Module) -> Site | None:
+    """Undo ``put``, and give what it had put."""
+    if not isinstance(module, Sparse):
+        return None
+    swapped: Any = module
+    cls, effective = own(swapped)
+    original: Any = inner(cls)
+    site = module._sparsehooks_site
+    swapped.__class__ = swapping._swapped(original) if effective else original
+    del swapped._sparsehooks_site
+    return site
+
+
+def own(module: nn.Module) -> tuple[type[nn.Module], bool]:
+    """The module's class without an effective weight, and whether it has one."""
+    cls = type(module)
+    effective = issubclass(cls, swapping.EffectiveWeight)
+    return (cls.__mro__[2] if effective else cls), effective
+
+
+def inner(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that was swapped: what follows the two mixins."""
+    return cls.__mro__[3]
+
+
+def replace(model: nn.Module, module: nn.Module, site: Site) -> bool:
+    """Put the function that the component ends in under every name of the module."""
+    made: Any = site.component.replacement()
+    if made is None:
+        return False
+    made.train(module.training)
+    made._sparsehooks_site = site
+    for name in [name for name, other in model.named_modules(remove_duplicate=False) if other is module]:
+        model.set_submodule(name, made)
+    return True
