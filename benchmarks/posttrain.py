@@ -80,7 +80,7 @@ def errors(model, tokenizer, data):
     collector = Collector(model, targets, gram=True)
     with measuring(model), torch.no_grad(), collector.hooked():
         for index in range(len(batches)):
-            collector.batch(batches.masks(index))
+            collector.batch(batches.padding(index))
             batches.forward(index)
     table = Table("pattern", *METHODS, "sparsegpt lowest", title=f"relative error, mean over {len(targets)} layers")
     for density in (0.5, 0.7, "2:4"):

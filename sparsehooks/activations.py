@@ -6,7 +6,6 @@ they are. Thresholds stay in place on the finished model; config.json carries th
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from sparsehooks.batches import Batches
 from sparsehooks.components import Activation
 from sparsehooks.decoding import decode
 from sparsehooks.errors import PluginError, RecipeError, SessionError
+from sparsehooks.padding import Padding, without_padding
 from sparsehooks.plugins import installed_catalog
-from sparsehooks.sampling import GRID, Recorder, Sample, without_padding
+from sparsehooks.sampling import GRID, Recorder, Sample
 from sparsehooks.sites import Site, Sparse, inner, own, put, replace, take
 from sparsehooks.targets import Target, find
 
@@ -221,7 +221,7 @@ class Activations:
                 self._fit(run)
                 self._set(run)
         self._recorder.on = self._calibrating or module.training
-        self._recorder.mask = _mask(module, args, kwargs)
+        self._recorder.padding = Padding.of_call(module, args, kwargs)
         if self._recorder.on:
             for run in self._runs.values():
                 run.seen += 1
@@ -341,7 +341,7 @@ def activation_sparsity(
     squares, counts, zeros, near = (dict.fromkeys(layers, 0.0) for _ in range(4))
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.mask = _mask(module, args, kwargs)
+        recorder.padding = Padding.of_call(module, args, kwargs)
 
     def first(name: str, values: Tensor) -> None:
         squares[name] += float(values.double().square().sum())
@@ -357,7 +357,7 @@ def activation_sparsity(
         def look(module: nn.Module, args: tuple[Any, ...], measure: Any = measure) -> None:
             incoming = getattr(module, "_sparsehooks_incoming", lambda values: values)
             name = next(name for name, layer in layers.items() if layer is module)
-            measure(name, without_padding(incoming(args[0]), recorder.mask))
+            measure(name, without_padding(incoming(args[0]), recorder.padding.of(name)))
 
         handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
         handles.append(model.register_forward_pre_hook(see, with_kwargs=True))
@@ -375,10 +375,3 @@ def activation_sparsity(
         }
         for name in layers
     ]
-
-
-def _mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1:
-        mask = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get("attention_mask")
-    return mask if isinstance(mask, Tensor) else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks.errors import PlanError, SessionError
+from sparsehooks.padding import Padding
 
 
 class Batches:
@@ -55,13 +56,12 @@ class Batches:
             for index in range(len(self)):
                 self.forward(index)
 
-    def masks(self, index: int) -> list[Tensor]:
-        """Which tokens are no padding: the attention masks among the keyword arguments."""
+    def padding(self, index: int) -> Padding:
+        """Which tokens of a batch are real."""
         batch = self._batches[index]
-        if not isinstance(batch, Mapping):
-            return []
-        found = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
-        return [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+        if isinstance(batch, Mapping):
+            return Padding.of_call(self.model, (), batch)
+        return Padding.of_call(self.model, batch if isinstance(batch, (list, tuple)) else (batch,), {})
 
 
 def _unfit(batch: Any) -> str | None:

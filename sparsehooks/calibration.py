@@ -157,7 +157,8 @@ class _Stage:
                         continue
                     check_finite(f"gradients of '{target.parameter}'", gradient, "look at the calibration data")
                     before = total[place]
-                    total[place] = gradient.clone() if before is None else before.add_(gradient)
+                    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+                    total[place] = wide if before is None else before.add_(wide)
                     if criterion.samples:
                         view = self._view(target, {"gradient": target.matrix(gradient)})
                         with attributed(self.pruner.stage.components["prune"].record):
@@ -194,7 +195,7 @@ class _Stage:
         collector = Collector(self.model, targets, gram=gram)
         with collector.hooked():
             for index in range(len(self.batches)):
-                collector.batch(self.batches.masks(index))
+                collector.batch(self.batches.padding(index))
                 self.batches.forward(index)
         for target in targets:
             self.known[target.parameter] |= collector.evidence(target)
@@ -306,11 +307,18 @@ class Choice:
         """See ``Solver.solve``."""
         if self._fixed is not None:
             return self._fixed[:, start:stop]
-        score = self._masked(self._score(start, stop, weights, inverse_diagonal), start, stop)
+        score = self._score(start, stop, weights, inverse_diagonal)
         check_finite(f"scores of '{self._name}'", score, f"{self._pruner.stage.label} cannot choose by them")
-        due = round(self._count * stop / self._columns)
+        score = self._masked(score, start, stop)
+        due = round(self._count * self._part(stop))
         due, self._taken = due - self._taken, due
         return self._expand(score, due)
+
+    def _part(self, stop: int) -> float:
+        """The part of what may stay that lies in the columns before this one."""
+        if self._old is None:
+            return stop / self._columns
+        return int(self._old[:, :stop].sum()) / max(1, int(self._old.sum()))
 
     def _score(self, start: int, stop: int, weights: Tensor, inverse_diagonal: Tensor) -> Tensor:
         if Need.GRAM in self._pruner.needs:

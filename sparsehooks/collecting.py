@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import check_finite
+from sparsehooks.padding import Padding, without_padding
 from sparsehooks.targets import Target
 
 STRIP = 256
@@ -54,19 +55,14 @@ class Moments:
         return {"input_norm": mean.sqrt()}
 
 
-def tokens_of(module: nn.Module, inputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def tokens_of(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
     """The inputs of a layer as (tokens, columns), without padding."""
     if isinstance(module, nn.Conv2d):
         unfolded = nn.functional.unfold(
             _padded(module, inputs), module.kernel_size, module.dilation, 0, cast(Any, module.stride)
         )
         return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
-    for mask in masks:
-        if inputs.dim() > 2 and mask.shape == inputs.shape[: mask.dim()]:
-            return inputs[mask].reshape(-1, inputs.shape[-1])
-        if inputs.dim() == 2 and mask.dim() == 2 and mask.numel() == len(inputs) and mask.shape[1] > 1:
-            return inputs[mask.flatten()]
-    return inputs.reshape(-1, inputs.shape[-1])
+    return without_padding(inputs, mask).reshape(-1, inputs.shape[-1])
 
 
 def _padded(module: nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -99,7 +95,7 @@ class Collector:
         self._gram = gram
         self._moments: dict[str, Moments] = {}
         self._leads: dict[str, bool] = {}
-        self._masks: Sequence[Tensor] = ()
+        self._padding = Padding()
         self._seen: list[tuple[Tensor, str]] = []
 
     @contextlib.contextmanager
@@ -116,9 +112,9 @@ class Collector:
             for handle in handles:
                 handle.remove()
 
-    def batch(self, masks: Sequence[Tensor]) -> None:
-        """The next batch begins, of which these tokens are no padding."""
-        self._masks = masks
+    def batch(self, padding: Padding) -> None:
+        """The next batch begins."""
+        self._padding = padding
         self._seen.clear()
 
     def evidence(self, target: Target) -> dict[str, Tensor]:
@@ -140,6 +136,6 @@ class Collector:
                 self._moments[name] = shared or (self._moments[leader] if leader else Moments(gram=self._gram))
             if self._leads[name]:
                 self._seen.append((inputs, name))
-                self._moments[name].add(tokens_of(module, inputs.detach(), self._masks))
+                self._moments[name].add(tokens_of(module, inputs.detach(), self._padding.of(name)))
 
         return hook

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sparsehooks import distributed
 from sparsehooks.errors import SessionError
+from sparsehooks.padding import Padding, without_padding
 
 LIMIT = 1 << 20
 """How many values of a layer a threshold is fitted to; of more, a random part counts."""
@@ -22,11 +23,11 @@ class Recorder:
 
     Attributes:
         on: whether values are collected.
-        mask: the attention mask of the batch, if it has one.
+        padding: of the batch that runs.
     """
 
     on: bool = False
-    mask: Tensor | None = None
+    padding: Padding = field(default_factory=Padding)
 
 
 class Sample:
@@ -53,7 +54,7 @@ class Sample:
         """
         if not self._recorder.on:
             return
-        magnitudes = without_padding(values.detach(), self._recorder.mask).abs().flatten()
+        magnitudes = without_padding(values.detach(), self._recorder.padding.of(self.name)).abs().flatten()
         if not bool(magnitudes.isfinite().all()):
             raise SessionError(f"the activations of '{self.name}' are not finite; look at the data, or exclude it")
         self._parts.append(self._thin(magnitudes, self._rate))
@@ -80,14 +81,3 @@ class Sample:
         if rate == 1.0:
             return values
         return values[(torch.rand(values.numel(), generator=self._generator) < rate).to(values.device)]
-
-
-def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values of real tokens, (tokens, features), where the mask fits; else all."""
-    if mask is None or mask.dim() != 2:
-        return values
-    if values.dim() > 2 and values.shape[:2] == mask.shape:
-        return values[mask.to(values.device).bool()]
-    if values.dim() == 2 and values.shape[0] == mask.numel() != mask.shape[0]:
-        return values[mask.to(values.device).bool().flatten()]
-    return values

@@ -43,7 +43,7 @@ class Blocks:
         with collector.hooked() if collector else contextlib.nullcontext():
             for index, hidden in enumerate(self._hidden):
                 if collector:
-                    collector.batch(self._batches.masks(index))
+                    collector.batch(self._batches.padding(index))
                 args, kwargs = self._calls[index][block]
                 output = self.blocks[block](
                     *(hidden if item is _HIDDEN else item for item in args),
@@ -61,10 +61,9 @@ class Blocks:
         total, tokens = 0.0, 0
         for index, (before, after) in enumerate(zip(self._hidden, outputs, strict=True)):
             cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            for mask in self._batches.masks(index):
-                if mask.shape == cosine.shape:
-                    cosine = cosine[mask]
-                    break
+            mask = self._batches.padding(index).of(self.name)
+            if mask is not None and mask.shape == cosine.shape:
+                cosine = cosine[mask]
             total, tokens = total + float(cosine.sum()), tokens + cosine.numel()
         check_finite(f"activations of the blocks in '{self.name}'", torch.tensor(total), "look at the calibration data")
         return 1 - total / tokens

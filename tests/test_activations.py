@@ -22,8 +22,9 @@ from sparsehooks.batches import Batches
 from sparsehooks.builtin.activations.relu import ReLU
 from sparsehooks.builtin.activations.thresholds import CATS, TEAL, Options
 from sparsehooks.errors import ArtifactError, SessionError
+from sparsehooks.padding import without_padding
 from sparsehooks.recipe import ActivationStage
-from sparsehooks.sampling import GRID, Recorder, Sample, without_padding
+from sparsehooks.sampling import GRID, Recorder, Sample
 from sparsehooks.targets import find
 from sparsehooks.testing import check_component
 
@@ -111,7 +112,7 @@ def inputs_of(model, data, names, transform=lambda module, values: values):
     ]
     with torch.no_grad():
         for batch in data:
-            mask["now"] = batch["attention_mask"]
+            mask["now"] = batch["attention_mask"].bool()
             model.eval()(**batch)
     for handle in handles:
         handle.remove()
@@ -157,7 +158,7 @@ def test_the_held_out_sparsity_is_within_a_point_on_many_values():
 
 def test_padding_does_not_count():
     values = torch.arange(24.0).reshape(2, 3, 4)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     assert without_padding(values, mask).tolist() == [
         values[0, 0].tolist(),
         values[0, 1].tolist(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from sparsehooks import PlanError, SessionError, compress
 from sparsehooks.batches import Batches, measuring
@@ -41,7 +42,7 @@ def collect(model, targets, data, *, gram=True):
     runs, collector = Batches(model, data), Collector(model, targets, gram=gram)
     with measuring(model), torch.no_grad(), collector.hooked():
         for index in range(len(runs)):
-            collector.batch(runs.masks(index))
+            collector.batch(runs.padding(index))
             runs.forward(index)
     return collector
 
@@ -90,11 +91,47 @@ def test_blocks_give_what_the_model_gives(build):
         assert torch.equal(mine, other)
 
 
+def test_the_decoder_has_a_padding_of_its_own():
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    encoder = torch.tensor([[1] * 3 + [0] * 5, [1] * 8])
+    decoder = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": encoder, "decoder_input_ids": ids, "decoder_attention_mask": decoder}
+    targets, _ = find(model, ["Linear"], ["lm_head"])
+    runs, collector = Batches(model, [batch]), Collector(model, targets, gram=False)
+    with measuring(model), torch.no_grad(), collector.hooked():
+        collector.batch(runs.padding(0))
+        runs.forward(0)
+    for name, moments in collector._moments.items():
+        from_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        assert moments.tokens == (11 if from_encoder else 14), name
+
+
+@pytest.mark.parametrize("first", ["left", "scattered"])
+def test_a_solver_counts_only_what_an_earlier_run_left(first):
+    model, name = tiny_bert(), "encoder.layer.0.attention.self.query.weight"
+    weight = model.get_parameter(name)
+    with torch.no_grad():
+        if first == "left":
+            weight[:, : weight.shape[1] // 2] = 0.0
+    stage = {"targets": ["*0.attention.self.query"], "pattern": "unstructured"}
+    compress(model, {"stage": [{**stage, "prune": "magnitude", "sparsity": 0.5}]})
+    gone = weight == 0
+    compress(
+        model,
+        {"stage": [{**stage, "prune": "sparsegpt", "solver": "sparsegpt", "sparsity": 0.75}]},
+        calibration=batches(),
+    )
+    assert int((weight == 0).sum()) == weight.numel() * 3 // 4
+    assert (weight[gone] == 0).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions_are_unfolded(stride):
     conv = nn.Conv2d(3, 5, 3, stride=stride, padding=1, padding_mode="reflect", bias=False)
     image = torch.randn(2, 3, 8, 8)
-    rows = tokens_of(conv, image, [])
+    rows = tokens_of(conv, image, None)
     expected = conv(image).flatten(2).transpose(1, 2).reshape(-1, 5)
     assert torch.allclose(rows @ conv.weight.flatten(1).t(), expected, atol=1e-5)
 

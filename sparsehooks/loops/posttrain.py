@@ -171,6 +171,8 @@ def at_once(recipe: Recipe) -> Recipe:
         else stage
         for stage in recipe.stages
     )
-    # nothing grows where everything goes at once
+    for index, stage in enumerate(stages):
+        if isinstance(stage, PruneStage) and stage.grow is not None:
+            warnings.warn(f"recipe.stage[{index}].grow: nothing grows where everything goes at once", stacklevel=3)
     stages = tuple(replace(stage, grow=None) if isinstance(stage, PruneStage) else stage for stage in stages)
     return replace(recipe, stages=stages)
