@@ -161,6 +161,16 @@ def is_linear(module: Any) -> bool:
     return weight is not None and weight.dim() == 2 and (isinstance(module, nn.Linear) or is_transposed(module))
 
 
+def matrix(model: nn.Module, name: str, tensor: Tensor | None = None) -> Tensor:
+    """A view of a parameter or buffer (or a tensor of its shape) as a matrix (outputs, inputs); vectors as they are."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    value = cast(Tensor, getattr(module, attribute)).detach() if tensor is None else tensor
+    if value.dim() < 2:
+        return value
+    return value.t() if is_transposed(module) else value.flatten(1)
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a layer."""
     rows, columns = cast(Tensor, module.weight).shape

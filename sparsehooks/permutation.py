@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.coupling import Coupling, find_couplings, is_transposed
+from sparsehooks.coupling import Coupling, find_couplings, matrix
 
 if TYPE_CHECKING:
     from sparsehooks.targets import Target
@@ -48,8 +48,8 @@ def permute_channels(model: nn.Module, targets: Iterable[Target], n: int, m: int
         alone = all(w.size == 1 for w in coupling.members if w.dim == 1) and coupling.units % m == 0
         if not readers or not alone:
             continue
-        read = [_matrix(model, w.parameter).narrow(1, w.offset, coupling.units) for w in readers]
-        magnitude = torch.cat([matrix.abs().float() for matrix in read])
+        read = [matrix(model, w.parameter).narrow(1, w.offset, coupling.units) for w in readers]
+        magnitude = torch.cat([part.abs().float() for part in read])
         order = best_order(magnitude, n, m, seed)
         before = float(_kept(magnitude.T.reshape(-1, m, len(magnitude)), n).sum())
         after = float(_kept(magnitude[:, order].T.reshape(-1, m, len(magnitude)), n).sum())
@@ -87,27 +87,16 @@ def best_order(magnitude: Tensor, n: int, m: int, seed: int) -> Tensor:
             kept = _kept(columns[shared_out].unflatten(2, (2, m)).flatten(0, 2), n)
             totals = kept.sum(dim=1).reshape(len(pairs), len(ways), 2).sum(dim=2)
             best = torch.where(totals.max(dim=1).values > totals[:, 0] * (1 + 1e-6), totals.argmax(dim=1), 0)
-            stripes[pairs] = shared_out[torch.arange(len(pairs)), best].unflatten(1, (2, m))
+            stripes[pairs] = shared_out[torch.arange(len(pairs)), best.cpu()].unflatten(1, (2, m))
     return stripes.flatten()
 
 
 def reorder(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
     """Put the units of a coupling in another order, in everything that makes or reads them."""
     for member in coupling.members:
-        matrix = _matrix(model, member.parameter)
-        part = member.part(matrix, coupling.units)
+        part = member.part(matrix(model, member.parameter), coupling.units)
         index = (order[:, None] * member.size + torch.arange(member.size)).flatten().to(part.device)
         part.copy_(part.index_select(member.dim, index))
-
-
-def _matrix(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer as a matrix (outputs, inputs) or vector; a view."""
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    tensor: Tensor = getattr(module, attribute).detach()
-    if tensor.dim() < 2:
-        return tensor
-    return tensor.t() if is_transposed(module) else tensor.flatten(1)
 
 
 def _kept(groups: Tensor, n: int) -> Tensor:

@@ -141,6 +141,8 @@ KEYS = {
 
 FREE = (RegularizeStage, ActivationStage, ShrinkStage)
 """Stages of which several may share a layer."""
+NEAR = 0.005
+"""How far the sparsity of a stage may lie from what the rounds of its schedule reach."""
 NEEDS_CALIBRATION = frozenset({Need.INPUT_NORM, Need.GRAM, Need.INFLUENCE})
 """What only calibration batches give."""
 
@@ -180,6 +182,7 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
                 f"{planned.path}: the pattern '{stage.pattern.use}' fixes the sparsity at {fixed:g}, "
                 f"not {stage.sparsity:g}; leave 'sparsity' out"
             )
+    problems += _misused(planned)
     if isinstance(stage, PruneStage) and stage.grow is not None and not problems:
         criterion, schedule = cast(Criterion, components["prune"].cls), cast(Schedule, components["schedule"].cls)
         if _pattern(planned).share() < 1.0:
@@ -190,6 +193,36 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
             other = stage.prune.use if criterion.acts == "forward" else stage.schedule.use
             problems.append(f"{planned.path}.grow: '{other}' brings weights back by itself; leave 'grow' out")
     return planned
+
+
+def _misused(planned: PlannedStage) -> list[str]:
+    """What a schedule or what grows cannot do in this stage."""
+    stage, components = planned.stage, planned.components
+    problems: list[str] = []
+    if "grow" in components and cast(Criterion, components["grow"].create()).samples:
+        name = components["grow"].record.component.name
+        problems.append(f"{planned.path}.grow: '{name}' collects gradients before it decides; use 'gradient'")
+    if "schedule" not in components:
+        return problems
+    schedule = cast(Schedule, components["schedule"].create())
+    where = f"{planned.path}.schedule: '{components['schedule'].record.component.name}'"
+    if not isinstance(stage, PruneStage):
+        if schedule.adaptive:
+            problems.append(f"{where} follows what pruning does to a metric; use another")
+        return problems
+    samples = cast(Criterion, components["prune"].create()).samples if "prune" in components else 0
+    if schedule.adaptive and samples > 1:
+        problems.append(f"{where} decides at once, and '{stage.prune.use}' collects {samples} gradients; use another")
+    rate, rounds = getattr(schedule.config, "rate", None), getattr(schedule.config, "rounds", None)
+    if rate is not None and rounds is not None and "pattern" in components:
+        sparsity = _pattern(planned).share() if stage.sparsity is None else stage.sparsity
+        reached = 1 - (1 - rate) ** rounds
+        if abs(reached - sparsity) > NEAR and 0 < sparsity < 1:
+            problems.append(
+                f"{where} reaches the sparsity {reached:.4g} in {rounds} rounds at 'rate' = {rate:g}, not "
+                f"{sparsity:g}; use rate = {1 - (1 - sparsity) ** (1 / rounds):.4g}"
+            )
+    return problems
 
 
 def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage:
@@ -239,6 +272,12 @@ def _with_overrides(planned: PlannedStage, stage: PruneStage, model: nn.Module, 
     for name in stage.overrides:
         if name not in used and not any(first_match(model, target, [name]) for target in planned.targets):
             problems.append(f"{planned.path}.overrides: '{name}' matches no target")
+    most = _pattern(planned).share() if "pattern" in planned.components else 1.0
+    problems += [
+        f"{planned.path}.overrides: '{name}' = {sparsity:g}, and '{stage.pattern.use}' takes at most {most:g}; lower it"
+        for name, sparsity in stage.overrides.items()
+        if sparsity > most
+    ]
     return replace(planned, overrides=overrides)
 
 
@@ -250,9 +289,13 @@ def _pattern_problems(planned: PlannedStage, stage: PruneStage | RegularizeStage
     if problems:
         return problems
     if isinstance(stage, PruneStage):
-        if stage.solver is not None and crosses_targets(planned, pattern):
-            where = f"{planned.path}.solver: the pattern '{stage.pattern.use}'"
-            return [f"{where} takes slices of several layers, which leaves nothing to solve; leave 'solver' out"]
+        if (stage.solver is not None or stage.overrides) and crosses_targets(planned, pattern):
+            slices = f"the pattern '{stage.pattern.use}' takes slices of several layers, which"
+            if stage.solver is not None:
+                problems.append(f"{planned.path}.solver: {slices} leaves nothing to solve; leave 'solver' out")
+            if stage.overrides:
+                problems.append(f"{planned.path}.overrides: {slices} have one sparsity; leave 'overrides' out")
+            return problems
         return _emptied(planned, pattern, stage, targets, planned.overrides)
     if not _spreads(pattern, targets):
         problems.append(
@@ -373,6 +416,11 @@ def _moments(plan: Plan) -> list[str]:
             problems.append(f"{planned.path}.schedule: acts until step {last}, but the run has {total} steps")
         elif hasattr(schedule.config, "end") and last <= first:
             problems.append(f"{planned.path}.schedule: ends at step {last} before it starts at step {first}")
+        elif (back := schedule.rewind(total)) is not None and back >= last:
+            problems.append(
+                f"{planned.path}.schedule: 'rewind' is step {back}, and the last round ends at step {last}; "
+                "name an earlier step"
+            )
     return problems
 
 

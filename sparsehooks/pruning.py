@@ -85,7 +85,7 @@ class Masks:
     Attributes:
         masks: the mask of each parameter.
         seed: the recipe's.
-        alive: of these, the ones that act in the forward: their weights stay alive behind the mask.
+        alive: the ones that act in the forward: their weights stay alive behind the mask.
         on_grown: called with the name of a weight and where it has grown.
     """
 
@@ -97,7 +97,7 @@ class Masks:
         self.on_grown: Callable[[str, Tensor], None] | None = None
         self._kept: dict[str, int] = {}
         self._packed: dict[str, Tensor] = {}
-        self._undo: dict[str, dict[str, Tensor]] = {}
+        self._undo: dict[int, dict[str, dict[str, Tensor]]] = {}
 
     @property
     def sparsity(self) -> float:
@@ -165,11 +165,13 @@ class Masks:
             chosen = pruner.pattern.expand(keep, scores)
         undo: dict[str, dict[str, Tensor]] | None = {} if pruner.schedule.adaptive else None
         changes = {}
+        if pruner.criterion.acts == "forward":  # biases and norms that go along would not come back either
+            self.alive |= chosen.keys()
         for name, mask in chosen.items():
             shaped = chosen_targets[name].restore(mask) if name in chosen_targets else mask
             changes[name] = self.replace(name, shaped, undo, revives=pruner.revives)
         if undo is not None:
-            self._undo = undo
+            self._undo[pruner.stage.index] = undo
         label = pruner.stage.label
         agree(lambda: masks.digest(self._packed), f"{label}: the ranks chose different masks at step {step}")
         self.apply()
@@ -185,16 +187,16 @@ class Masks:
             return self._counts(pruner, self._units(pruner, scores), progress, step)
 
     @torch.no_grad()
-    def step_back(self) -> Mapping[str, MaskChange]:
-        """Undo the last update of an adaptive stage: the masks before it, and the values that it took."""
+    def step_back(self, index: int) -> Mapping[str, MaskChange]:
+        """Undo the last update of the adaptive stage ``index``: the masks before it, and the values that it took."""
         changes = {}
-        for name, kept in self._undo.items():
+        for name, kept in self._undo.pop(index, {}).items():
             weight = self._weights[name]
             mask = masks.unpack(kept["mask"], weight.shape, weight.device)
             back = mask & ~self.masks[name]
-            weight[back] = kept["values"].to(weight)
+            if name not in self.alive:
+                weight[back] = kept["values"].to(weight)
             changes[name] = MaskChange(0, int(back.sum()), self._set(name, mask), mask.numel())
-        self._undo = {}
         return changes
 
     def from_zeros(self, names: Iterable[str]) -> None:
@@ -210,19 +212,21 @@ class Masks:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state_dict`` gave."""
+        for kept in (self.masks, self._packed, self._kept):
+            kept.clear()
         for name, stored in state.items():
             bits = stored.cpu()  # a loop may have moved them to the weights' device
             weight = self._weights[name]
             mask = masks.unpack(bits, weight.shape, weight.device)
             self.masks[name], self._packed[name], self._kept[name] = mask, bits, int(torch.count_nonzero(mask))
 
-    def undo_state(self) -> dict[str, dict[str, Tensor]]:
+    def undo_state(self) -> dict[int, dict[str, dict[str, Tensor]]]:
         """What ``step_back`` needs, for a checkpoint."""
-        return {name: dict(kept) for name, kept in self._undo.items()}
+        return {index: {name: dict(kept) for name, kept in undo.items()} for index, undo in self._undo.items()}
 
-    def load_undo_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_undo_state(self, state: Mapping[int, Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Take back what ``undo_state`` gave."""
-        self._undo = {name: dict(kept) for name, kept in state.items()}
+        self._undo = {index: {name: dict(kept) for name, kept in undo.items()} for index, undo in state.items()}
 
     def view(self, pruner: Pruner, key: str, target: Target, step: int, evidence: Evidence) -> WeightView:
         """What a criterion of the stage sees of a target."""
@@ -256,9 +260,10 @@ class Masks:
                 )
         for name, count in counts.items():
             if count == 0 and share == 1.0:  # N:M keeps some of every unit
+                advice = "lower 'sparsity', exclude the layer, or use allocation = \"uniform\""
                 raise SessionError(
-                    f"{stage.label}: nothing of '{name}' would be left at step {step}; lower 'sparsity', exclude the "
-                    'layer, or use allocation = "uniform"'
+                    f"{stage.label}: nothing of '{name}' would be left at step {step}; "
+                    + ("lower its sparsity in 'overrides', or exclude the layer" if name in own else advice)
                 )
         return {key: counts[key] for key in units}
 
@@ -270,7 +275,7 @@ class Masks:
         grown: Mapping[str, int],
         step: int,
         evidence: Evidence,
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """What stays, and the best of all other units (Evci et al. 2020, arXiv:1911.11134, algorithm 1).
 
         What has just been dropped may come back, and keeps its value then. With an allocation that compares the layers
@@ -279,11 +284,12 @@ class Masks:
         assert pruner.grow is not None
         scores = {n: self._score(pruner, pruner.grow, "grow", t, step, evidence) for n, t in targets.items()}
         units = self._units(pruner, scores)
-        free = {key: unit.masked_fill(keep[key], float("-inf")) for key, unit in units.items()}
         if pruner.allocation.reads_scores:
+            free = {key: unit.masked_fill(keep[key], float("-inf")) for key, unit in units.items()}
             grown = masks.top_counts(free, sum(grown.values()))
-        new = self._select(pruner, free, grown)
-        return {key: keep[key] | new[key] for key in keep}
+        # chosen together with what stays, so that what the pattern spreads evenly is even in sum
+        units = {key: unit.masked_fill(keep[key], float("inf")) for key, unit in units.items()}
+        return self._select(pruner, units, {key: int(keep[key].sum()) + grown[key] for key in keep})
 
     def _score(
         self, pruner: Pruner, criterion: Criterion, key: str, target: Target, step: int, evidence: Evidence

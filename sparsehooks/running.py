@@ -72,7 +72,8 @@ class PruneRun:
         self._run = run
         self._snapshot: Snapshot | None = None
         self._share = 0.0
-        self._deferred = False
+        self._deferred = self._rewinds = False
+        self._unseen = "no evaluation has allowed it; evaluate while training"
         self._by_gradient = run.optimizer is not None and bool(self._pruner.needs & NEEDS_STEP)
         with attributed(stage.components["pattern"].record):
             self._pruner.pattern.couple(run.model, stage.targets)
@@ -98,38 +99,74 @@ class PruneRun:
         if not self._by_gradient:
             return {}
         total, criterion = self._run.total_steps, self._pruner.criterion
-        if any(self._schedule.due(later, total) for later in range(step, step + criterion.samples)):
+        decides = self._schedule.due(step, total) or self.pending(step - 1)
+        ahead = range(step + 1, step + criterion.samples)
+        collects = criterion.samples > 0 and (decides or any(self._schedule.due(later, total) for later in ahead))
+        overflowed = (decides or collects) and scale != 1.0 and self._overflowed()
+        if collects and not overflowed:
             for target in self._stage.targets:
                 view = self._run.masks.view(self._pruner, "prune", target, step, self._evidence)
                 with attributed(self._stage.components["prune"].record):
                     criterion.collect(view)
-        first_of_run = step == 1 and self._schedule.due(0, total)
-        if not (self._schedule.due(step, total) or first_of_run or self._deferred):
+        if not decides:
             return {}
-        self._deferred = scale != 1.0 and self._overflowed()
-        return {} if self._deferred else self._update(step)
+        self._deferred = overflowed
+        return {} if overflowed else self._update(step)
+
+    def pending(self, step: int) -> bool:
+        """Whether, after ``step`` finished steps, an update that was due still waits for a gradient."""
+        first_of_run = self._by_gradient and step == 0 and self._schedule.due(0, self._run.total_steps)
+        return self._deferred or first_of_run
+
+    @property
+    def follows(self) -> bool:
+        """Whether the metrics decide."""
+        return self._schedule.adaptive
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show an evaluation to the schedule, if it falls into its window.
+
+        What the schedule follows may be missing: there can be several evaluation sets, each with metrics of its own.
+        """
+        first, last = self._schedule.window(self._run.total_steps)
+        if first <= step <= last:
+            try:
+                with attributed(self._stage.components["schedule"].record):
+                    self._schedule.observe(metrics)
+            except SessionError as error:
+                self._unseen = str(error)
+
+    def remember(self, step: int) -> None:
+        """Keep the weights of the step that later ones return to."""
+        if step == self._schedule.rewind(self._run.total_steps) and self._snapshot is None:
+            self._snapshot = Snapshot(self._run.model, self._run.folder)
 
     def after_step(self, step: int) -> Changes:
         """What is due after ``step`` finished steps."""
-        if step == self._schedule.rewind(self._run.total_steps) and self._snapshot is None:
-            self._snapshot = Snapshot(self._run.model, self._run.folder)
-        if self._by_gradient or not self._schedule.due(step, self._run.total_steps):
-            return {}
-        return self._update(step)
+        changes: Changes = {}
+        if not self._by_gradient and self._schedule.due(step, self._run.total_steps):
+            changes = self._update(step)
+        if self._rewinds and self._snapshot is not None and self._run.optimizer is not None:
+            self._snapshot.restore(self._run.model, self._run.optimizer)
+            self._run.masks.apply()
+        self._rewinds = False
+        return changes
 
     @torch.no_grad()
     def write(self) -> None:
         """Write what the layers compute with into their parameters, where masks act in the forward."""
         if self._schedule.adaptive and self._share == 0.0:
+            warnings.warn(f"{self._stage.label} pruned nothing: {self._unseen}", stacklevel=2)
+        if self._deferred:
             warnings.warn(
-                f"{self._stage.label} pruned nothing: no evaluation has allowed it; evaluate while training",
+                f"{self._stage.label} has not made its last update: the gradients that were to decide overflowed, and "
+                "no step followed; let it end some steps before the run does, or train in bf16",
                 stacklevel=2,
             )
         for target in self._stage.targets:
             if target.parameter in self._run.masks.alive:
                 weight = self._run.weight(target)
                 weight.copy_(target.restore(self._masking(target)(target.matrix(weight), False)))
-                self._run.masks.alive.remove(target.parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
@@ -139,7 +176,9 @@ class PruneRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self._share, self._deferred = state["share"], state["deferred"]
-        if state["snapshot"] is not None and self._snapshot is None:
+        if self._snapshot is not None and self._snapshot.fingerprint != state["snapshot"]:
+            self._snapshot = None
+        if self._snapshot is None and state["snapshot"] is not None:
             self._snapshot = Snapshot(self._run.model, self._run.folder, state["snapshot"])
 
     def _update(self, step: int) -> Changes:
@@ -150,16 +189,13 @@ class PruneRun:
         self._share = share
         schedule.acted()
         if share < before and schedule.adaptive:
-            return run.masks.step_back()
+            return run.masks.step_back(self._stage.index)
         if run.calibrate is not None and (self._stage.components.get("solver") or pruner.needs):
             return run.calibrate(run.masks, pruner)
         progress = 1.0 if moment >= last else (moment - first) / (last - first)
         growth = 0.0 if pruner.recipe.grow is None else pruner.recipe.grow.share(progress)
-        changes = run.masks.update(pruner, step, share, self._evidence, growth=growth)
-        if self._snapshot is not None and run.optimizer is not None and first < moment < last:
-            self._snapshot.restore(run.model, run.optimizer)
-            run.masks.apply()
-        return changes
+        self._rewinds = first < moment < last
+        return run.masks.update(pruner, step, share, self._evidence, growth=growth)
 
     def _penalize(self, step: int) -> None:
         learned = {target.parameter: self._learned(target) for target in self._stage.targets}

@@ -17,12 +17,13 @@ from sparsehooks.activations import Activations, recorded
 from sparsehooks.batches import Batches
 from sparsehooks.components import Activation, ComponentBase, Distiller, Quantizer, Schedule
 from sparsehooks.distillation import Distillation
+from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.learned import Learned
 from sparsehooks.masks import check_finite
 from sparsehooks.plan import Plan, PlannedStage
-from sparsehooks.plugins import PluginManager, attributed
+from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks
 from sparsehooks.recipe import (
     ActivationStage,
@@ -224,12 +225,12 @@ class Session:
         self._activations.calibrate(batches)
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        """Call after an evaluation: adaptive schedules decide by it what the next step does."""
-        for stage in self.plan.stages:
-            if "schedule" in stage.components:
-                with attributed(stage.components["schedule"].record):
-                    self._schedule(stage).observe(metrics)
-        self.manager.metrics_reported(self.view, MappingProxyType(dict(metrics)))
+        """Call after an evaluation, on every rank: adaptive schedules decide by rank 0's what the next step does."""
+        following = [pruning for pruning in self._pruning.values() if pruning.follows]
+        told = once(lambda: dict(metrics)) if following else metrics
+        for pruning in following:
+            pruning.observe(self.step, told)
+        self.manager.metrics_reported(self.view, MappingProxyType(dict(told)))
 
     def finish(self) -> None:
         """End the run: write the effective weights into the parameters and undo every swap."""
@@ -245,6 +246,7 @@ class Session:
             check_finite(f"weights of '{name}'", self._weights[name].detach(), DIVERGED)
         for pruning in self._pruning.values():
             pruning.write()
+        self.masks.alive.clear()
         self.masks.apply()
         self.masks.clear_signs()
         self._activations.finish()
@@ -318,6 +320,7 @@ class Session:
             "learned": self._learned.state_dict(),
             "activations": self._activations.state_dict(),
             "pruning": {index: pruning.state_dict() for index, pruning in self._pruning.items()},
+            "alive": sorted(self.masks.alive),
             "undo": self.masks.undo_state(),
         }
 
@@ -333,13 +336,13 @@ class Session:
         self.masks.load_state_dict(state["masks"])
         for index, objects in self._objects.items():
             for key, component in objects.items():
-                if f"{index}.{key}" in state["components"]:
-                    component.load_state_dict(state["components"][f"{index}.{key}"])
+                component.load_state_dict(state["components"].get(f"{index}.{key}", {}))
         self._distillation.load_state_dict(state["distillation"])
         self._learned.load_state_dict(state["learned"])
         self._activations.load_state_dict(state["activations"])
         for index, pruning in self._pruning.items():
             pruning.load_state_dict(state["pruning"][index])
+        self.masks.alive = set(state["alive"])
         self.masks.load_undo_state(state["undo"])
 
     def _checked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -391,13 +394,16 @@ class Session:
     def complete(self) -> bool:
         """Whether every schedule has ended: only checkpoints from here on are what the recipe asks for."""
         return all(
-            self.step >= self._schedule(stage).window(self.total_steps)[1]
+            self.step >= self._schedule(stage).window(self.total_steps)[1] and not self._pending(stage)
             for stage in self.plan.stages
             if "schedule" in stage.components
         )
 
     def _schedule(self, stage: PlannedStage) -> Schedule:
         return cast(Schedule, self._objects[stage.index]["schedule"])
+
+    def _pending(self, stage: PlannedStage) -> bool:
+        return stage.index in self._pruning and self._pruning[stage.index].pending(self.step)
 
     def _advance(self, *, update: bool) -> None:
         """Do what the schedules ask for after ``self.step`` finished steps.
@@ -415,6 +421,8 @@ class Session:
         """Do what the schedule of one stage asks for."""
         schedule = self._schedule(stage)
         first, last = schedule.window(self.total_steps)
+        if isinstance(stage.stage, PruneStage) and update:
+            self._pruning[stage.index].remember(self.step)
         if self.step < first:
             return
         if stage.index not in self._statuses:
@@ -426,13 +434,15 @@ class Session:
         elif isinstance(stage.stage, PruneStage) and update:
             self._tell(stage.index, self.step, self._pruning[stage.index].after_step(self.step))
         ends = not isinstance(stage.stage, RegularizeStage)  # a penalty lasts as long as the run
-        if ends and self.step >= last and self._statuses[stage.index] == "started":
+        if ends and not self._pending(stage) and self.step >= last and self._statuses[stage.index] == "started":
             self._change(stage, "finished")
 
     def _tell(self, index: int, step: int, changes: Changes) -> None:
         if any(change.pruned or change.grown for change in changes.values()):
-            label = next(stage.label for stage in self.plan.stages if stage.index == index)
-            self.manager.masks_updated(self.view, label, step, MappingProxyType(dict(changes)))
+            stage = next(stage for stage in self.plan.stages if stage.index == index)
+            if index not in self._statuses:  # a gradient decides before the step is finished
+                self._change(stage, "started")
+            self.manager.masks_updated(self.view, stage.label, step, MappingProxyType(dict(changes)))
 
     def _reset_slots(self, name: str, grown: Tensor) -> None:
         """A weight that grows begins with an optimizer that has not seen it."""

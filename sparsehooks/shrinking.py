@@ -23,8 +23,10 @@ from sparsehooks.coupling import (
     is_linear,
     is_transposed,
     join,
+    matrix,
     set_depth,
 )
+from sparsehooks.sites import SparseInput
 
 COUNTS = frozenset(
     {
@@ -154,7 +156,7 @@ def _cut(model: nn.Module, masks: Mapping[str, Tensor], couplings: list[Coupling
             continue
         for member in coupling.members:
             long = gone.repeat_interleave(member.size)
-            length = _matrix(model, member.parameter).shape[member.dim]
+            length = matrix(model, member.parameter).shape[member.dim]
             kept = keep.setdefault((member.parameter, member.dim), torch.ones(length, dtype=torch.bool))
             kept[member.offset : member.offset + len(long)] &= ~long
         for module, attribute, amount in coupling.attributes:
@@ -166,15 +168,6 @@ def _cut(model: nn.Module, masks: Mapping[str, Tensor], couplings: list[Coupling
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     module, _, attribute = name.rpartition(".")
     return model.get_submodule(module), attribute
-
-
-def _matrix(model: nn.Module, name: str, tensor: Tensor | None = None) -> Tensor:
-    """A parameter (or a tensor of its shape) as a matrix of outputs and inputs; vectors as they are."""
-    module, attribute = _owner(model, name)
-    value = cast(Tensor, getattr(module, attribute)).detach() if tensor is None else tensor
-    if value.dim() < 2:
-        return value
-    return value.t() if is_transposed(module) else value.flatten(1)
 
 
 def _narrow(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
@@ -244,11 +237,11 @@ def _gone(model: nn.Module, masks: Mapping[str, Tensor], coupling: Coupling) -> 
 def _zero(model: nn.Module, masks: Mapping[str, Tensor], member: Member, units: int) -> Tensor:
     """Of which units a slice is masked; a bias may as well be zero."""
     if member.parameter in masks:
-        alive = _matrix(model, member.parameter, masks[member.parameter])
+        alive = matrix(model, member.parameter, masks[member.parameter])
     elif member.role == "weight" or not member.of:
         return torch.zeros(units, dtype=torch.bool)
     else:
-        alive = _matrix(model, member.parameter) != 0
+        alive = matrix(model, member.parameter) != 0
     return (member.sums(alive.to(torch.float32), units) == 0).cpu()
 
 
@@ -270,9 +263,11 @@ def _fold(model: nn.Module, fold: Fold, constant: Tensor) -> None:
         return
     index = constant.nonzero().flatten().to(bias.device)
     value = fold.activation(bias.detach().to(torch.float32).index_select(0, index))
-    matrix = _matrix(model, f"{fold.consumer}.weight").to(torch.float32)
-    matrix = matrix.reshape(matrix.shape[0], len(constant), -1).sum(dim=2)  # a flattened channel is several columns
-    moved = matrix.index_select(1, index.to(matrix.device)) @ value.to(matrix.device)
+    if isinstance(consumer, SparseInput):
+        value = consumer._sparsehooks_site.threshold(value)
+    weight = matrix(model, f"{fold.consumer}.weight").to(torch.float32)
+    weight = weight.reshape(weight.shape[0], len(constant), -1).sum(dim=2)  # a flattened channel is several columns
+    moved = weight.index_select(1, index.to(weight.device)) @ value.to(weight.device)
     target.data.add_(moved.to(target.dtype))
 
 

@@ -18,6 +18,7 @@ from sparsehooks.builtin.criteria.l0 import L0, Options as GateOptions, open_pro
 from sparsehooks.builtin.criteria.lamp import Lamp
 from sparsehooks.builtin.criteria.movement import Movement, SoftMovement
 from sparsehooks.builtin.criteria.obs import Obs, Options as FisherOptions
+from sparsehooks.builtin.criteria.sr_ste import Options as DecayOptions
 from sparsehooks.builtin.patterns.tiles import Block, Column, Row
 from sparsehooks.builtin.patterns.unstructured import Options as PerOptions, Unstructured
 from sparsehooks.builtin.regularizers.lasso import GroupLasso, Options as LassoOptions
@@ -40,6 +41,38 @@ def test_criteria_of_the_gradient_equal_their_formulas():
     assert torch.equal(Momentum().score(view), momentum.abs())
     assert torch.equal(Taylor().score(view), (weight * gradient).abs())
     assert torch.equal(Influence().score(view), torch.full((4, 6), 0.25))
+
+
+def test_products_of_the_gradient_do_not_vanish_in_float16():
+    weight, gradient = normal(4, 6, dtype=torch.float16) / 256, normal(4, 6, seed=1, dtype=torch.float16) / 4096
+    for criterion in (Taylor(), Snip()):
+        score = criterion.score(WeightView("w", weight, 0, gradient=gradient))
+        assert torch.equal(score, (weight.float() * gradient.float()).abs())
+        assert len(score.unique()) == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (LassoOptions, "strength", math.nan),
+        (FisherOptions, "damping", math.nan),
+        (FisherOptions, "samples", 0),
+        (Feedback.Config, "drop", math.nan),
+        (Feedback.Config, "drop", -0.1),
+        (DecayOptions, "decay", -1.0),
+        (DecayOptions, "decay", math.nan),
+        (GateOptions, "learning_rate", -0.1),
+        (GateOptions, "learning_rate", math.nan),
+        (Movement.Config, "learning_rate", math.nan),
+        (SoftMovement.Config, "learning_rate", -1.0),
+        (SoftMovement.Config, "strength", -5.0),
+        (SoftMovement.Config, "strength", math.nan),
+        (OwlOptions, "outlier", math.nan),
+    ],
+)
+def test_options_that_are_no_numbers_or_negative_are_named(options, name, value):
+    with pytest.raises(ValueError, match=f"'{name}' = {value} is not"):
+        options(**{name: value})
 
 
 def test_snip_is_the_gradient_of_the_mask():
@@ -354,6 +387,13 @@ def test_a_group_moves_by_the_mean_of_its_steps_under_adam():
     moved = GroupLasso(LassoOptions(strength=0.1)).proximal({"w": weight}, Row(), {"w": steps})["w"]
     rms = weight.square().mean(dim=1, keepdim=True).sqrt()
     torch.testing.assert_close(moved, weight * (1 - 0.1 * steps.mean(dim=1, keepdim=True) / rms).clamp(min=0))
+
+
+def test_the_proximal_lasso_warns_once_of_weights_that_cannot_move():
+    lasso, weights = GroupLasso(LassoOptions()), {"w": normal(3, 4, dtype=torch.bfloat16)}
+    with pytest.warns(UserWarning, match=r"than torch.bfloat16 can tell; train float32 weights"):
+        lasso.proximal(weights, Row(), {"w": 0.1})
+    lasso.proximal(weights, Row(), {"w": 0.1})
 
 
 @pytest.mark.parametrize("method", ["proximal", "subgradient"])

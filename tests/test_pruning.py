@@ -13,6 +13,7 @@ from torch import nn
 import sparsehooks
 from sparsehooks import Plan, PlanError, PluginManager, Recipe, SessionError
 from sparsehooks.recipe import named_recipes
+from sparsehooks.session import Session
 
 
 def net(seed=0):
@@ -216,19 +217,84 @@ def test_feedback_steps_back_and_returns_what_it_took():
     assert sparsities[-1] > sparsities[5]
 
 
+FEEDBACK = {"use": "feedback", "metric": "accuracy", "drop": 0.1, "raise_by": 0.25}
+
+
 def test_feedback_names_the_metrics_that_exist():
     def each(session, model, optimizer, when, step):
         session.metrics({"loss": 1.0})
 
-    schedule = {"use": "feedback", "metric": "accuracy", "drop": 0.1}
-    with pytest.raises(SessionError, match="loss"):
-        train(net(), recipe(sparsity=0.8, schedule=schedule), each=each)
+    with pytest.warns(UserWarning, match="pruned nothing: .* follows 'accuracy', and the evaluation gives loss"):
+        train(net(), recipe(sparsity=0.8, schedule=FEEDBACK), each=each)
 
 
-@pytest.mark.parametrize("rewind", [0, 2])
-def test_the_lottery_returns_to_earlier_weights(rewind):
+def test_feedback_passes_over_the_evaluations_of_other_sets():
+    def each(session, model, optimizer, when, step):
+        session.metrics({"eval_b_accuracy": 0.0})
+        session.metrics({"accuracy": 1.0})
+
+    assert train(net(), recipe(sparsity=0.8, schedule=FEEDBACK), each=each).sparsity > 0.7
+
+
+def test_feedback_compares_with_the_first_evaluation_of_its_window():
+    def each(session, model, optimizer, when, step):
+        session.metrics({"accuracy": 1.0 if session.step < 10 else 0.5})
+
+    assert train(net(), recipe(sparsity=0.8, schedule={**FEEDBACK, "start": 10}), each=each).sparsity > 0.7
+
+
+def test_two_feedback_stages_do_as_each_of_them_alone():
+    stages = [
+        {"prune": "magnitude", "targets": [target], "sparsity": 0.8, "schedule": {**FEEDBACK, "metric": metric}}
+        for target, metric in (("0", "a"), ("2", "b"))
+    ]
+
+    def seen(*chosen):
+        found = []
+
+        def each(session, model, optimizer, when, step):
+            if when == "after":
+                found.append(copy.deepcopy((dict(session.masks.masks), model.state_dict())))
+                session.metrics({"a": float(step not in (2, 9)), "b": float(step not in (3, 7))})
+                state = copy.deepcopy(session.state_dict())
+                session.load_state_dict(state)
+                assert session.state_dict()["undo"].keys() == state["undo"].keys()
+
+        train(net(), {"stage": list(chosen)}, each=each, lr=0.0)
+        return found
+
+    for together, first, second in zip(seen(*stages), seen(stages[0]), seen(stages[1]), strict=True):
+        for name, (masks, weights) in (("0.weight", first), ("2.weight", second)):
+            assert torch.equal(together[1][name], weights[name])
+            if name in masks:
+                assert torch.equal(together[0][name], masks[name])
+
+
+def test_a_step_back_leaves_weights_alone_that_live_behind_their_mask():
+    model, shares = net(), []
+    before = model[0].weight.detach().clone()
+
+    def each(session, model, optimizer, when, step):
+        if when == "after":
+            shares.append(session.sparsity)
+            if step == 5:
+                model[0].weight.data.mul_(2)
+            session.metrics({"accuracy": 0.2 if step == 5 else 1.0})
+            if step == 6:
+                assert torch.equal(model[0].weight, 2 * before)
+
+    schedule = {**FEEDBACK, "end": 7}
+    train(model, recipe(prune="sr_ste", sparsity=0.8, targets=["0"], schedule=schedule), each=each, lr=0.0)
+    assert shares[6] < shares[5]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "start", "rewind"),
+    [("magnitude", 0.0, 0), ("magnitude", 0.0, 2), ("magnitude", 0.4, 1), ("taylor", 0.0, 2), ("taylor", 0.4, 0)],
+)
+def test_the_lottery_returns_to_earlier_weights(criterion, start, rewind):
     model, kept = net(), {}
-    schedule = {"use": "iterative", "start": 0.0, "end": 20, "rounds": 4, "rate": 0.5, "rewind": rewind}
+    schedule = {"use": "iterative", "start": start, "end": 20, "rounds": 4, "rate": 0.5, "rewind": rewind}
     densities, rewound = [], []
 
     def each(session, model, optimizer, when, step):
@@ -243,7 +309,7 @@ def test_the_lottery_returns_to_earlier_weights(rewind):
                 rewound.append(step)
             densities.append(density)
 
-    session = train(model, recipe(sparsity=0.9375, schedule=schedule), each=each, momentum=0.9)
+    session = train(model, recipe(prune=criterion, sparsity=0.9375, schedule=schedule), each=each, momentum=0.9)
     assert len(rewound) == 3
     assert sorted(set(densities), reverse=True) == [1.0, 0.5, 0.25, 0.125, 0.0625]
     assert session.sparsity == pytest.approx(0.9375, abs=0.005)
@@ -254,6 +320,13 @@ def test_overrides_leave_the_budget():
     session = train(net(), given, steps=2)
     assert float((~session.masks.masks["2.weight"]).float().mean()) == 0.5
     assert int((~session.masks.masks["0.weight"]).sum()) == round(0.8 * 288)
+
+
+def test_a_layer_that_its_override_empties_is_named():
+    with pytest.raises(
+        SessionError, match=r"nothing of '2.weight' would be left .*; lower its sparsity in 'overrides'"
+    ):
+        train(net(), recipe(sparsity=0.8, allocation="uniform", overrides={"2": 0.999}), steps=2)
 
 
 def test_an_override_that_matches_nothing_is_named():
@@ -311,6 +384,28 @@ def test_proximal_l1_is_soft_thresholding_under_adam():
         ({"prune": "magnitude", "pattern": "2:4", "grow": "random"}, "fixes what stays; leave 'grow' out"),
         ({"regularize": "group_lasso", "pattern": "2:4"}, "has no groups that vanish together"),
         ({"prune": "movement", "sparsity": 0.5, "grow": "random"}, "brings weights back by itself"),
+        ({"prune": "magnitude", "sparsity": 0.5, "grow": "obs"}, "grow: 'obs' collects gradients"),
+        ({"prune": "magnitude", "pattern": "2:4", "overrides": {"*query": 0.9}}, "'2:4' takes at most 0.5"),
+        (
+            {"prune": "magnitude", "pattern": "head", "sparsity": 0.5, "overrides": {"*.0.*": 0.0}},
+            "overrides: the pattern 'head' takes slices of several layers, which have one sparsity",
+        ),
+        ({"regularize": "l1", "schedule": FEEDBACK}, "'feedback' follows what pruning does to a metric"),
+        ({"activation": "relu", "schedule": FEEDBACK}, "'feedback' follows what pruning does to a metric"),
+        ({"prune": "obs", "sparsity": 0.5, "schedule": FEEDBACK}, "and 'obs' collects 64 gradients"),
+        (
+            {"prune": "magnitude", "sparsity": 0.5, "schedule": {"use": "iterative", "rounds": 4}},
+            "reaches the sparsity 0.5904 in 4 rounds at 'rate' = 0.2, not 0.5; use rate = 0.1591",
+        ),
+        (
+            {"prune": "magnitude", "sparsity": 0.6723, "schedule": {"use": "iterative", "end": 8, "rewind": 8}},
+            "'rewind' is step 8, and the last round ends at step 8",
+        ),
+        (
+            {"prune": "magnitude", "sparsity": 0.8, "schedule": {"use": "iterative", "every": 2}},
+            "'every' = 2 has no effect",
+        ),
+        ({"prune": "magnitude", "sparsity": 0.8, "schedule": {**FEEDBACK, "every": 2}}, "'every' = 2 has no effect"),
     ],
 )
 def test_what_cannot_be_combined_is_said_before_the_run(stage, message):
@@ -359,3 +454,117 @@ def test_feedback_without_evaluations_says_that_nothing_was_pruned():
     schedule = {"use": "feedback", "metric": "accuracy"}
     with pytest.warns(UserWarning, match="pruned nothing: no evaluation has allowed it"):
         train(net(), recipe(sparsity=0.5, schedule=schedule))
+
+
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_what_grows_leaves_the_rows_even(grow):
+    seen = set()
+
+    def each(session, model, optimizer, when, step):
+        if session.masks.masks:
+            seen.update(session.masks.masks["0.weight"].sum(dim=1).tolist())
+
+    pattern = {"use": "unstructured", "per": "row"}
+    train(net(), recipe(sparsity=0.5, targets=["0"], pattern=pattern, schedule=CONSTANT, grow=grow), each=each)
+    assert seen == {6}
+
+
+def test_an_earlier_state_takes_back_what_came_later():
+    states = {}
+
+    def each(session, model, optimizer, when, step):
+        if when == "after":
+            states[step] = copy.deepcopy(session.state_dict())
+        if when == "after" and step == 15:
+            assert states[15]["masks"]
+            assert states[15]["pruning"][0]["snapshot"]
+            session.load_state_dict(states[2])
+            for key in ("masks", "pruning", "components", "alive"):
+                assert session.state_dict()[key] == states[2][key] == type(states[2][key])(states[2][key])
+
+    schedule = {"use": "iterative", "start": 8, "end": 20, "rounds": 2, "rate": 0.5, "rewind": 5}
+    with pytest.warns(UserWarning, match="never began|did not reach"):
+        train(net(), recipe(prune={"use": "obs", "samples": 3}, sparsity=0.75, schedule=schedule), each=each)
+
+
+class Recorder:
+    """Hears when a stage begins, acts and ends."""
+
+    def __init__(self):
+        self.heard = []
+
+    @sparsehooks.hookimpl
+    def stage_changed(self, session, stage, status):
+        self.heard.append(status)
+
+    @sparsehooks.hookimpl
+    def masks_updated(self, session, stage, step, changes):
+        self.heard.append(step)
+
+
+def scaled(model, given, steps, overflows):
+    """Train under a gradient scaler whose gradients overflow in some steps; what a plugin heard, and the session."""
+    recorder = Recorder()
+    manager, optimizer = PluginManager([recorder], autoload=False), torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Session.of(Recipe.from_dict(given), manager, model, steps)
+    session.start(model, optimizer)
+    inputs, labels = data()
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        if step in overflows:
+            model[0].weight.grad[0, 0] = math.inf
+        session.before_step(2.0)
+        if step not in overflows:
+            optimizer.step()
+        session.after_step(skipped=step in overflows)
+    session.finish()
+    return recorder.heard, session
+
+
+@pytest.mark.parametrize(
+    ("start", "overflows", "heard"),
+    [
+        (0, [], ["started", 1, "finished"]),
+        (0, [1, 2], ["started", 3, "finished"]),
+        (3, [], ["started", 3, "finished"]),
+        (3, [3], ["started", 4, "finished"]),
+    ],
+)
+@pytest.mark.parametrize("criterion", ["snip", {"use": "obs", "samples": 3}])
+def test_a_stage_ends_when_its_gradient_has_decided(criterion, start, overflows, heard):
+    given = recipe(prune=criterion, sparsity=0.5, schedule={"use": "oneshot", "start": start})
+    told, session = scaled(net(), given, 4, overflows)
+    assert told == heard
+    assert session.sparsity == 0.5
+
+
+def test_gradients_that_overflow_in_the_last_step_are_told():
+    given = recipe(prune="taylor", sparsity=0.5, schedule={"use": "oneshot", "start": 4})
+    with (
+        pytest.warns(UserWarning, match="did not reach its end"),
+        pytest.warns(UserWarning, match="has not made its last update: the gradients that were to decide overflowed"),
+    ):
+        told, session = scaled(net(), given, 4, [4])
+    assert told == ["started", "skipped"]
+    assert session.sparsity == 0
+
+
+def test_obs_collects_nothing_of_a_step_that_overflows():
+    given = recipe(prune={"use": "obs", "samples": 4}, sparsity=0.5, schedule={"use": "oneshot", "start": 6})
+    assert scaled(net(), given, 6, [4])[0] == ["started", 6, "finished"]
+
+
+def test_biases_that_go_along_live_behind_their_mask_until_the_end():
+    model, gone = net(), []
+
+    def each(session, model, optimizer, when, step):
+        masks = session.masks.masks
+        if when == "after" and "0.bias" in masks:
+            gone.append(int((~masks["0.bias"]).sum()))
+            assert (model[0].bias != 0).all()
+            assert session.state_dict()["alive"] == ["0.bias", "0.weight", "2.weight"]
+
+    session = train(model, recipe(prune="movement", pattern="channel", sparsity=0.5, schedule=CONSTANT), each=each)
+    assert gone[-1] == 12
+    assert torch.equal(model[0].bias != 0, session.masks.masks["0.bias"])

@@ -416,6 +416,23 @@ def test_constants_move_into_the_bias_of_plain_layers():
     torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-5)
 
 
+def test_constants_pass_the_threshold_of_the_next_layer():
+    def compressed(*more):
+        model = tiny_bert()
+        for layer in model.encoder.layer:
+            torch.nn.init.normal_(layer.intermediate.dense.bias, std=0.5)
+        stages = [
+            {"prune": "magnitude", "pattern": "row", "sparsity": 0.5, "targets": ["*intermediate.dense"]},
+            {"activation": "teal", "sparsity": 0.6, "targets": ["*.output.dense"], "exclude": ["*attention*"]},
+            *more,
+        ]
+        ids = torch.randint(2, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+        model = sparsehooks.compress(model, {"stage": stages}, calibration=[{"input_ids": ids}])
+        return model.eval()(input_ids=ids).last_hidden_state
+
+    torch.testing.assert_close(compressed({"shrink": True}), compressed(), rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- sessions
 
 

@@ -25,8 +25,10 @@ class Options(Floor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.outlier <= 0 or not 0.0 < self.spread < 1.0:
-            raise ValueError("'outlier' must be positive and 'spread' in (0, 1)")
+        if not self.outlier > 0:
+            raise ValueError(f"'outlier' = {self.outlier} is not positive")
+        if not 0.0 < self.spread < 1.0:
+            raise ValueError(f"'spread' = {self.spread} is outside (0, 1)")
 
 
 class Owl(Allocation):

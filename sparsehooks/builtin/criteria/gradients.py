@@ -26,7 +26,7 @@ class Taylor(Criterion):
     def score(self, view: WeightView) -> Tensor:
         """``|w g|``."""
         assert view.gradient is not None
-        return (view.weight * view.gradient).abs()
+        return (view.weight.float() * view.gradient.float()).abs()  # float16 would lose most products
 
 
 class Snip(Taylor):

@@ -32,6 +32,8 @@ class Options:
     drop: float = 0.05
 
     def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"'learning_rate' = {self.learning_rate} is not positive; 0.1 is the default")
         if not 0.0 < self.drop < 1.0:
             raise ValueError(f"'drop' = {self.drop} is outside (0, 1)")
 

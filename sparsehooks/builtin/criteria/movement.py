@@ -23,7 +23,7 @@ class Options:
     learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise ValueError(f"'learning_rate' = {self.learning_rate} is not positive; 0.01 is the paper's")
 
 
@@ -63,6 +63,11 @@ class SoftOptions(Options):
     """
 
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.strength >= 0:
+            raise ValueError(f"'strength' = {self.strength} is not 0 or more")
 
 
 class SoftMovement(Movement):

@@ -30,8 +30,9 @@ class Options:
     damping: float = 1e-7
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.block < 1 or self.damping <= 0:
-            raise ValueError("'samples', 'block' and 'damping' must be positive")
+        for name in ("samples", "block", "damping"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"'{name}' = {getattr(self, name)} is not positive")
 
 
 class Obs(Criterion):
@@ -57,14 +58,14 @@ class Obs(Criterion):
         gradient = self._blocks(view.gradient)
         added = torch.einsum("bi,bj->bij", gradient, gradient / self.samples)
         if view.name in self._fisher and view.name not in self._used:
-            self._fisher[view.name] += added
+            self._fisher[view.name] = self._fisher[view.name].to(added.device).add_(added)
         else:  # each update sees gradients of its own
             self._fisher[view.name] = added
             self._used.discard(view.name)
 
     def score(self, view: WeightView) -> Tensor:
         """``w^2 / (2 (F^-1)_qq)``."""
-        fisher = self._fisher[view.name]
+        fisher = self._fisher[view.name].to(view.weight.device)
         self._used.add(view.name)
         diagonals = []
         for part in fisher.split(CHUNK):
@@ -84,6 +85,7 @@ class Obs(Criterion):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
         self._fisher = {name: fisher.clone() for name, fisher in state.items()}
+        self._used.clear()
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         flat = matrix.flatten().float()

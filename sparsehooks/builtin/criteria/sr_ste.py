@@ -21,6 +21,10 @@ class Options:
 
     decay: float = 2e-4
 
+    def __post_init__(self) -> None:
+        if not self.decay >= 0:
+            raise ValueError(f"'decay' = {self.decay} is not 0 or more; the paper takes 0.0002")
+
 
 class SrSte(Criterion):
     """Magnitudes, with masked weights alive and pulled to zero (Zhou et al. 2021, arXiv:2102.04010, equation 8)."""

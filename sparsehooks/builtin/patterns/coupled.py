@@ -143,16 +143,8 @@ class Channel(Coupled):
 class Layer(Coupled):
     """Whole blocks.
 
-    A masked block is zero, which only blocks of pre-norm models pass by unharmed: use it with ``shrink``, which takes
-    the blocks out.
+    A masked block is zero, which only blocks of pre-norm models pass by unharmed (Llama, GPT-2, T5, ViT): there masking
+    is the same as taking them out. In post-norm ones (BERT) what counts is the model after ``shrink``, which does so.
     """
 
     what = "layer"
-
-    def couple(self, model: nn.Module, targets: Sequence[Target]) -> list[str]:
-        """Find the blocks.
-
-        Masking alone is the same as taking them out in pre-norm models only (Llama, GPT-2, T5, ViT): in post-norm ones
-        (BERT) a masked block gives zeros, so what counts there is the model after ``shrink``.
-        """
-        return super().couple(model, targets)

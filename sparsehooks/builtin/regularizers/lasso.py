@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Options:
     method: Literal["proximal", "subgradient"] = "proximal"
 
     def __post_init__(self) -> None:
-        if self.strength <= 0:
+        if not self.strength > 0:
             raise ValueError(f"'strength' = {self.strength} is not positive")
 
 
@@ -38,6 +39,10 @@ class GroupLasso(Regularizer):
 
     Config = Options
     config: Options
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._warned = False
 
     def gradient(self, weights: Mapping[str, Tensor], pattern: Pattern, strength: float) -> Mapping[str, Tensor] | None:
         """``strength * w / rms``."""
@@ -55,6 +60,14 @@ class GroupLasso(Regularizer):
         """The shrunk weights."""
         if self.config.method != "proximal":
             return None
+        narrow = {weight.dtype for weight in weights.values() if torch.finfo(weight.dtype).bits < 32}
+        if narrow and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the proximal lasso moves weights by less than {narrow.pop()} can tell; train float32 weights (under "
+                "bf16 = true they stay so)",
+                stacklevel=2,
+            )
         steps = {
             n: torch.as_tensor(step, device=weights[n].device).expand(weights[n].shape)
             for n, step in step_sizes.items()

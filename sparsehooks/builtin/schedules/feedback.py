@@ -14,7 +14,7 @@ from sparsehooks import Schedule, SessionError, Window
 
 @dataclass(frozen=True)
 class Options(Window):
-    """The options of feedback; ``every`` follows from the evaluations.
+    """The options of feedback; the evaluations say what ``every`` would.
 
     Attributes:
         metric: its name among the metrics of an evaluation, such as ``"eval_accuracy"``.
@@ -31,8 +31,10 @@ class Options(Window):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.drop < 0:
-            raise ValueError(f"'drop' = {self.drop} is negative; say how far the metric may fall")
+        if self.every != 1:
+            raise ValueError(f"'every' = {self.every} has no effect: the evaluations decide; leave it out")
+        if not self.drop >= 0:
+            raise ValueError(f"'drop' = {self.drop} is not 0 or more; say how far the metric may fall")
         if not 0.0 < self.raise_by <= 1.0:
             raise ValueError(f"'raise_by' = {self.raise_by} is outside (0, 1]")
 

@@ -17,7 +17,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Rounds(Window):
-    """The options of rounds; ``every`` follows from them.
+    """The options of rounds, which say what ``every`` would.
 
     Attributes:
         rounds: how many, evenly over the window; the last falls on ``end``.
@@ -32,6 +32,8 @@ class Rounds(Window):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.every != 1:
+            raise ValueError(f"'every' = {self.every} has no effect: 'rounds' decides; leave it out")
         if self.rounds < 1:
             raise ValueError(f"'rounds' must be at least 1, got {self.rounds}")
         if not 0.0 < self.rate < 1.0:
