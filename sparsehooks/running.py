@@ -123,6 +123,11 @@ class PruneRun:
         """Whether the metrics decide."""
         return self._schedule.adaptive
 
+    @property
+    def learns(self) -> bool:
+        """Whether the criterion learns tensors beside the weights."""
+        return any(self._learned(target) for target in self._stage.targets)
+
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show an evaluation to the schedule, if it falls into its window.
 

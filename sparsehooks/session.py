@@ -232,6 +232,24 @@ class Session:
             pruning.observe(self.step, told)
         self.manager.metrics_reported(self.view, MappingProxyType(dict(told)))
 
+    @property
+    def learns(self) -> bool:
+        """Whether criteria learn tensors beside the weights, which only the state of this session has."""
+        return any(pruning.learns for pruning in self._pruning.values())
+
+    def take_learned(self, optimizer: Mapping[str, Any]) -> None:
+        """Call after the loop has gone back to the weights of a checkpoint: to its masks and what was learned, too.
+
+        Args:
+            optimizer: the state dict of the optimizer in that checkpoint.
+
+        Raises:
+            SessionError: if it carries no state, or that of another run.
+        """
+        state = self._checked(self._state_in(optimizer, "that was loaded"))
+        self.masks.load_state_dict(state["masks"])
+        self._learned.load_state_dict(state["learned"])
+
     def finish(self) -> None:
         """End the run: write the effective weights into the parameters and undo every swap."""
         for stage in self.plan.stages:
@@ -370,9 +388,13 @@ class Session:
         return [name for name in self._weights if name in own]
 
     def _state_of_step(self, step: int | None) -> dict[str, Any]:
-        state = None if self._optimizer is None else self._optimizer.param_groups[0].get(KEY)
+        which = "that was loaded" if step is None else f"of step {step}"
+        return self._state_in({} if self._optimizer is None else vars(self._optimizer), which)
+
+    @staticmethod
+    def _state_in(optimizer: Mapping[str, Any], which: str) -> dict[str, Any]:
+        state = optimizer.get("param_groups", [{}])[0].get(KEY)
         if state is None:
-            which = "that was loaded" if step is None else f"of step {step}"
             raise SessionError(
                 f"the checkpoint {which} carries no state of sparsehooks (it has no optimizer state, or was made "
                 "without the recipe); resume from one that does, or start a new run from its weights"

@@ -44,6 +44,10 @@ def test_the_distilled_gradient_does_not_depend_on_the_number_of_ranks(tmp_path)
     assert difference.norm() / moved.norm() < 1e-6
 
 
+def test_the_metrics_of_the_first_rank_decide(tmp_path):
+    assert same_state(*run(tmp_path, "metrics", 2))
+
+
 def test_ranks_that_choose_differently_stop(tmp_path):
     (first, second) = run(tmp_path, "disagree", 2)
     assert first["error"] == second["error"]

@@ -211,6 +211,41 @@ def test_only_checkpoints_after_the_schedule_compete_for_the_best(tmp_path):
     assert zeros(model) == expected_zeros(model, 0.8)
 
 
+class StopAt8(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 8
+
+
+def test_the_best_weights_are_written_with_the_gates_they_had(tmp_path):
+    def run(folder, *callbacks, **options):
+        callback = CompressionCallback(prune(prune="l0", schedule={"use": "cubic", "end": 8, "every": 2}))
+        trainer = Trainer(
+            model=tiny_classifier(),
+            args=arguments(
+                folder,
+                save_strategy="steps",
+                save_steps=4,
+                eval_strategy="steps",
+                eval_steps=4,
+                metric_for_best_model="eval_density",
+                greater_is_better=True,
+                **options,
+            ),
+            train_dataset=labelled(),
+            eval_dataset=labelled(8),
+            compute_metrics=lambda _: {"density": 1 - callback.session.sparsity},
+            callbacks=[callback, *callbacks],
+        )
+        trainer.train()
+        return trainer
+
+    best = run(tmp_path / "best", load_best_model_at_end=True)
+    assert best.state.best_model_checkpoint.endswith("checkpoint-8")
+    assert same_state(best.model, run(tmp_path / "stopped", StopAt8()).model)
+    with pytest.raises(SessionError, match="with save_only_model the checkpoints lack what the criterion learns"):
+        run(tmp_path / "only", load_best_model_at_end=True, save_only_model=True)
+
+
 def test_the_sparsity_is_in_the_logs_of_both_doors(tmp_path):
     for door in ("callback", "attach"):
         heard = []

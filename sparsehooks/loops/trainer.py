@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.errors import SessionError
@@ -89,6 +90,11 @@ class CompressionCallback(TrainerCallback):
                 folder=Path(args.output_dir or "."),
                 opened=config.pruned if config is not None else None,
             )
+            if session.learns and args.load_best_model_at_end and args.save_only_model:
+                raise SessionError(
+                    "with save_only_model the checkpoints lack what the criterion learns beside the weights, and "
+                    "load_best_model_at_end needs it; leave one of them out"
+                )
             attach = add_loss_terms if self.adds_loss_terms else ask_for_hidden_states
             self._handles = attach(model, session)
             if self._handles and getattr(args, "torch_compile", False):
@@ -132,6 +138,9 @@ class CompressionCallback(TrainerCallback):
     ) -> None:
         """Finish, and arm the model: from here on it saves in the sparse form."""
         with self._aborting() as session:
+            if session.learns and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                path = Path(state.best_model_checkpoint) / OPTIMIZER_NAME
+                session.take_learned(torch.load(path, map_location="cpu", weights_only=True))
             session.finish()
         self.detach()
         arm(kwargs["model"], SparseHooksConfig(**session.provenance))
