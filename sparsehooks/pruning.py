@@ -165,7 +165,7 @@ class Masks:
             chosen = pruner.pattern.expand(keep, scores)
         undo: dict[str, dict[str, Tensor]] | None = {} if pruner.schedule.adaptive else None
         changes = {}
-        if pruner.criterion.acts == "forward":  # biases and norms that go along would not come back either
+        if self.alive & chosen_targets.keys():  # biases and norms that go along would not come back either
             self.alive |= chosen.keys()
         for name, mask in chosen.items():
             shaped = chosen_targets[name].restore(mask) if name in chosen_targets else mask

@@ -143,6 +143,21 @@ def test_obs_goes_on_where_a_checkpoint_was_made():
     assert not whole.state_dict()
 
 
+def test_obs_goes_back_to_a_state_before_an_update():
+    weight, options = normal(4, 6), FisherOptions(samples=6, block=7, damping=1e-3)
+    whole, back, view = Obs(options), Obs(options), WeightView("w", weight, 0)
+    for seed in range(3):
+        for criterion in (whole, back):
+            criterion.collect(WeightView("w", weight, 0, gradient=normal(4, 6, seed=seed)))
+    early = back.state_dict()
+    back.score(view)
+    back.load_state_dict(early)
+    for seed in range(3, 6):
+        for criterion in (whole, back):
+            criterion.collect(WeightView("w", weight, 0, gradient=normal(4, 6, seed=seed)))
+    assert torch.equal(back.score(view), whole.score(view))
+
+
 @pytest.mark.parametrize(("gates", "shape"), [("weight", (4, 6)), ("row", (4, 1)), ("column", (1, 6))])
 def test_gates_cover_what_they_say_and_evaluation_draws_nothing(gates, shape):
     criterion, weight = L0(GateOptions(gates=gates)), normal(4, 6)
