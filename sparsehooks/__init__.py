@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         SessionError as SessionError,
         SparseHooksError as SparseHooksError,
     )
+    from sparsehooks.grids import Steps as Steps, fake_quantize as fake_quantize, significant as significant
     from sparsehooks.hookspecs import StageStatus as StageStatus, hookimpl as hookimpl
     from sparsehooks.loops.plain import attach as attach
     from sparsehooks.loops.posttrain import compress as compress
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from sparsehooks.plan import Plan as Plan
     from sparsehooks.plugins import PluginManager as PluginManager
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
+    from sparsehooks.ranges import Range as Range, find_range as find_range
     from sparsehooks.recipe import (
         ActivationStage as ActivationStage,
         DistillStage as DistillStage,
@@ -94,6 +96,7 @@ _HOME = {
     "Regularizer Schedule Solver Support Window check_moment",
     "coupling": "Coupling Member find_couplings",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
+    "grids": "Steps fake_quantize significant",
     "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",
     "loops.posttrain": "compress",
@@ -103,6 +106,7 @@ _HOME = {
     "plan": "Plan",
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",
+    "ranges": "Range find_range",
     "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use "
     "read_toml",
     "session": "Session",

@@ -296,8 +296,8 @@ class Schedule(ComponentBase):
 
     def window(self, total_steps: int) -> tuple[int, int]:
         """The first and the last step of the window, in optimizer steps, for a run of ``total_steps``."""
-        first = _step(self.config.start, total_steps)
-        return first, _step(getattr(self.config, "end", self.config.start), total_steps)
+        first = step_of(self.config.start, total_steps)
+        return first, step_of(getattr(self.config, "end", self.config.start), total_steps)
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the masks change after ``step`` finished optimizer steps."""
@@ -326,7 +326,7 @@ class Schedule(ComponentBase):
         return 0.0 if step < first else self.sparsity((step - first) / (last - first))
 
 
-def _step(moment: float, total_steps: int) -> int:
+def step_of(moment: float, total_steps: int) -> int:
     return round(moment * total_steps) if isinstance(moment, float) else moment
 
 
@@ -429,23 +429,60 @@ class Activation(ComponentBase):
 class Quantizer(ComponentBase):
     """On which grid do the values lie?
 
-    The three methods describe one projection: ``unpack(pack(w), w.dtype)`` equals ``fake_quantize(w)`` bit for bit,
-    a second application changes nothing, and zero stays zero.
+    Matrices are (rows, columns) = (output features, input features), or (tokens, features) of activations. A *grid* is
+    what is found of a matrix and holds for all its values: scales, zero points, a codebook; plain tensors by name. With
+    a grid given, quantizing is a projection: a second application changes nothing, and zero stays zero.
+
+    Attributes:
+        learned: the names of the tensors of a grid that train.
+        signed: whether negative values have codes; else it is for activations only.
     """
 
     kind = "quantizer"
+    learned: ClassVar[tuple[str, ...]] = ()
+    signed: ClassVar[bool] = True
+
+    @property
+    def follows(self) -> bool:
+        """Whether training fits the grid anew in each forward until it freezes; default: once, at the start."""
+        return False
+
+    def check(self, shape: Sequence[int]) -> str | None:
+        """Why a matrix of this shape cannot be quantized, in a few words, or None. Default: all can."""
+        return None
 
     @abstractmethod
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        """The weight on its grid, in its own dtype and shape (rows, ...), with a gradient for the weight."""
+    def grid(self, weight: Tensor) -> dict[str, Tensor]:
+        """The grid that suits a matrix; without gradients."""
 
     @abstractmethod
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """The codes and whatever else ``unpack`` needs, as plain tensors."""
+    def quantize(self, weight: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
+        """The code of each value: integers, of the shape of the matrix."""
 
     @abstractmethod
-    def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight that the parts stand for."""
+    def dequantize(self, codes: Tensor, grid: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """What the codes stand for; a zero is +0.0."""
+
+    def fake_quantize(self, weight: Tensor, grid: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The matrix on its grid, in its own dtype, with a gradient for it and for what the grid learns.
+
+        Args:
+            weight: any matrix.
+            grid: of the matrix itself if it is left out.
+
+        Default: ``dequantize(quantize(...))``, and the gradient passes as it is.
+        """
+        grid = self.grid(weight.detach()) if grid is None else grid
+        found = self.dequantize(self.quantize(weight.detach(), grid), grid, weight.dtype)
+        return found + (weight - weight.detach())
+
+    def columns(self, grid: Mapping[str, Tensor], start: int, stop: int) -> Mapping[str, Tensor]:
+        """The grid of some columns: whole groups, or a part of one. Default: all columns share the grid."""
+        return grid
+
+    def learning_rate(self) -> float:
+        """Of what the grid learns. Default: 1e-3."""
+        return LEARNING_RATE
 
 
 # ---------------------------------------------------------------------------------------------- distillation

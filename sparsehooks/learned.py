@@ -20,16 +20,20 @@ class Learned:
 
     def __init__(self) -> None:
         self._tensors: dict[str, dict[str, Tensor]] = {}
-        self._groups: list[dict[str, Any]] = []
+        self._groups: dict[str, dict[str, Any]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
 
     def add(self, owner: str, made: Mapping[str, Tensor], device: torch.device, learning_rate: float) -> None:
-        """Take in what a component made; only before the first step."""
-        tensors = {name: tensor.detach().to(device).requires_grad_() for name, tensor in made.items()}
+        """Take in what a component made."""
+        tensors = {name: tensor.detach().to(device).clone().requires_grad_() for name, tensor in made.items()}
         self._tensors[owner] = tensors
-        if tensors:
-            self._groups.append({"params": list(tensors.values()), "lr": learning_rate})
-            self._optimizer = torch.optim.AdamW(self._groups, weight_decay=0.0)
+        if not tensors:
+            return
+        self._groups[owner] = {"params": list(tensors.values()), "lr": learning_rate}
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW([self._groups[owner]], weight_decay=0.0)
+        else:
+            self._optimizer.add_param_group(self._groups[owner])
 
     def of(self, owner: str) -> dict[str, Tensor]:
         """The tensors of an owner as they are now, with gradients; empty if it made none."""
@@ -55,15 +59,19 @@ class Learned:
         """The tensors and their optimizer."""
         return {
             "tensors": {owner: {n: t.detach() for n, t in tensors.items()} for owner, tensors in self._tensors.items()},
+            "order": list(self._groups),
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
-        for owner, tensors in self._tensors.items():
-            for name, tensor in tensors.items():
-                tensor.data.copy_(state["tensors"][owner][name])
-        if self._optimizer is not None:
+        for owner, stored in state["tensors"].items():
+            for name, tensor in stored.items():
+                self._tensors[owner][name].data.copy_(tensor)
+        self._groups = {owner: self._groups[owner] for owner in state["order"]}
+        self._optimizer = None
+        if self._groups:
+            self._optimizer = torch.optim.AdamW(list(self._groups.values()), weight_decay=0.0)
             self._optimizer.load_state_dict(state["optimizer"])
 
     def _all(self) -> list[Tensor]:

@@ -10,22 +10,12 @@ for every finite row of float32, bfloat16 or float16 values, subnormal and huge 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-_SCALE_MIN = 2.0**-126  # the smallest normal float32; a row with smaller steps is rounded to multiples of it
-_DROPPED_BITS = 24 - 17
+from sparsehooks.grids import SMALLEST, largest_scale, significant
 
-
-def _largest_scale(code_max: int) -> float:
-    """The largest number of 17 significant bits that gives a finite float32 times the largest code."""
-    mantissa, exponent = math.frexp(torch.finfo(torch.float32).max / code_max)
-    return math.ldexp(math.floor(mantissa * (1 << 17)), exponent - 17)
-
-
-_SCALE_MAX = {code_max: _largest_scale(code_max) for code_max in (1, 3, 7, 15, 31, 63, 127)}
+_SCALE_MAX = {code_max: largest_scale(code_max, 17) for code_max in (1, 3, 7, 15, 31, 63, 127)}
 
 
 def row_scales(weight: Tensor, code_max: int = 127) -> Tensor:
@@ -44,9 +34,7 @@ def row_scales(weight: Tensor, code_max: int = 127) -> Tensor:
     runs in every forward of quantized training, where a check would stop the device and ``torch.compile``.
     """
     largest = weight.detach().abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True).to(torch.float32)
-    bits = (largest / code_max).clamp(_SCALE_MIN, _SCALE_MAX[code_max]).view(torch.int32)
-    half = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
-    scales = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
+    scales = significant((largest / code_max).clamp(SMALLEST, _SCALE_MAX[code_max]), 17)
     return scales.masked_fill(largest == 0, 1.0).masked_fill(~torch.isfinite(largest), torch.nan)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
+from sparsehooks.components import check_moment, step_of
 from sparsehooks.decoding import decode
 from sparsehooks.errors import RecipeError, suggest
 from sparsehooks.plugins import PluginManager, as_manager
@@ -165,11 +166,25 @@ class QuantizeStage(Stage):
     Attributes:
         quantize: the quantizer.
         schedule: from when on training sees the quantized weights.
+        freeze: from when on the grids stay as they are: a float in [0, 1] is a fraction of the run, an integer an
+            optimizer step. Left out, they follow the weights, or train, to the end.
+        solver: how the weights make up for each other's rounding, without training only.
     """
 
     action = "quantize"
     quantize: Use = Use("int8")
     schedule: Use = Use("oneshot")
+    freeze: float | int | None = None
+    solver: Use | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.freeze is not None:
+            check_moment("freeze", self.freeze)
+
+    def freezes(self, total_steps: int) -> int:
+        """The step from which on the grids stay; after the run's end if they never freeze."""
+        return total_steps + 1 if self.freeze is None else step_of(self.freeze, total_steps)
 
 
 @dataclass(frozen=True)

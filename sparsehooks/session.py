@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsehooks import swapping
 from sparsehooks.activations import Activations, recorded
 from sparsehooks.batches import Batches
-from sparsehooks.components import Activation, ComponentBase, Distiller, Quantizer, Schedule
+from sparsehooks.components import Activation, ComponentBase, Distiller, Schedule
 from sparsehooks.distillation import Distillation
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
@@ -25,6 +25,7 @@ from sparsehooks.masks import check_finite
 from sparsehooks.plan import Plan, PlannedStage
 from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks
+from sparsehooks.quantizing import QuantizeRun
 from sparsehooks.recipe import (
     ActivationStage,
     DistillStage,
@@ -74,7 +75,7 @@ class Session:
         self._regularizing: dict[int, RegularizeRun] = {}
         self._statuses: dict[int, StageStatus] = {}
         self._swapped: dict[str, Target] = {}
-        self._quantizers: dict[str, tuple[Target, Quantizer]] = {}
+        self._quantizing: dict[int, QuantizeRun] = {}
         self._shrunk: dict[str, Any] = {}
         self._activations = Activations((), nn.Module())
 
@@ -134,6 +135,8 @@ class Session:
                 self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run, new=state is None)
             elif isinstance(stage.stage, RegularizeStage):
                 self._regularizing[stage.index] = RegularizeRun(stage, self._objects[stage.index], run)
+            elif isinstance(stage.stage, QuantizeStage):
+                self._quantizing[stage.index] = QuantizeRun(stage, self._objects[stage.index], run)
         distillers = {
             stage.index: (stage, cast(Distiller, self._objects[stage.index]["distill"]))
             for stage in self.plan.stages
@@ -248,6 +251,8 @@ class Session:
         """
         state = self._checked(self._state_in(optimizer, "that was loaded"))
         self.masks.load_state_dict(state["masks"])
+        for index, quantizing in self._quantizing.items():
+            quantizing.load_state_dict(state["quantizing"][index])
         self._learned.load_state_dict(state["learned"])
 
     def finish(self) -> None:
@@ -274,15 +279,9 @@ class Session:
 
             self._shrunk = shrink(self._model, self.masks.masks)
         left = {id(weight) for weight in self._model.parameters()}
-        with torch.no_grad():
-            for name, (target, quantizer) in self._quantizers.items():
-                weight = self._weights[name]
-                if id(weight) not in left:
-                    continue
-                matrix = target.matrix(weight)
-                check_finite(f"weights of '{name}'", matrix, DIVERGED)
-                effective = quantizer.unpack(quantizer.pack(matrix), matrix.dtype)
-                weight.copy_(target.restore(effective, weight.shape))
+        weights = {name: weight for name, weight in self._weights.items() if id(weight) in left}
+        for quantizing in self._quantizing.values():
+            quantizing.write(weights)
         self._metadata = self.manager.artifact_metadata(self.view)
         self._end(None)
 
@@ -340,6 +339,7 @@ class Session:
             "pruning": {index: pruning.state_dict() for index, pruning in self._pruning.items()},
             "alive": sorted(self.masks.alive),
             "undo": self.masks.undo_state(),
+            "quantizing": {index: quantizing.state_dict() for index, quantizing in self._quantizing.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -356,6 +356,8 @@ class Session:
             for key, component in objects.items():
                 component.load_state_dict(state["components"].get(f"{index}.{key}", {}))
         self._distillation.load_state_dict(state["distillation"])
+        for index, quantizing in self._quantizing.items():
+            quantizing.load_state_dict(state["quantizing"][index])
         self._learned.load_state_dict(state["learned"])
         self._activations.load_state_dict(state["activations"])
         for index, pruning in self._pruning.items():
@@ -450,7 +452,7 @@ class Session:
         if stage.index not in self._statuses:
             self._change(stage, "started")
         if isinstance(stage.stage, QuantizeStage):
-            self._quantize(stage)
+            self._quantizing[stage.index].advance(self.step)
         elif isinstance(stage.stage, ActivationStage):
             self._activations.advance(stage, schedule.at(self.step, self.total_steps))
         elif isinstance(stage.stage, PruneStage) and update:
@@ -476,13 +478,6 @@ class Session:
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status
         self.manager.stage_changed(self.view, stage.label, status)
-
-    def _quantize(self, stage: PlannedStage) -> None:
-        quantizer = cast(Quantizer, self._objects[stage.index]["quantize"])
-        for target in stage.targets:
-            if target.parameter not in self._quantizers:
-                self._quantizers[target.parameter] = target, quantizer
-                self._swap(target, "quantize", lambda matrix, _: quantizer.fake_quantize(matrix))
 
     def _swap(self, target: Target, step: swapping.Step, transform: swapping.Transform) -> None:
         swapping.swap(self._model, target, step, transform)

@@ -111,6 +111,17 @@ def swap(model: nn.Module, target: Target, step: Step, transform: Transform) -> 
         module._sparsehooks_transforms[step] = transform
 
 
+def entering(model: nn.Module, target: Target, step: Step) -> Tensor:
+    """The target's matrix as it enters a step: after the steps before it."""
+    module: Any = model.get_submodule(target.modules[0])
+    matrix: Tensor = target.matrix(module.weight.detach())
+    transforms = module._sparsehooks_transforms if isinstance(module, EffectiveWeight) else {}
+    for earlier in get_args(Step)[: get_args(Step).index(step)]:
+        if earlier in transforms:
+            matrix = transforms[earlier](matrix, False)
+    return matrix
+
+
 def unswap(model: nn.Module, target: Target) -> None:
     """Undo ``swap``."""
     for name in target.modules:

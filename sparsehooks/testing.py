@@ -358,27 +358,60 @@ def _check_quantizer(component: ComponentBase) -> None:
     import torch
 
     quantizer = cast(Quantizer, component)
+    shapes = [(6, 16), (6, 128), (4, 256), (5, 7)]
+    reasons = {shape: quantizer.check(shape) for shape in shapes}
+    assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values()), (
+        "check() must return None or the reason in words"
+    )
+    fitting = [shape for shape, reason in reasons.items() if reason is None]
+    assert fitting, f"check() must accept one of the shapes {shapes}"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = _normal(6, 16, dtype=dtype)
+        weight = _normal(*fitting[0], dtype=dtype)
         weight[0], weight[1, ::2] = 0, 0
         before = weight.clone()
-        quantized = quantizer.fake_quantize(weight)
-        assert quantized.shape == weight.shape, "fake_quantize() must keep the shape"
-        assert quantized.dtype == dtype, f"fake_quantize() must keep the dtype {dtype}, got {quantized.dtype}"
-        assert bool(quantized.isfinite().all()), "fake_quantize() of finite weights must be finite"
+        grid = quantizer.grid(weight)
+        assert all(_is_tensor(part) and not part.requires_grad for part in grid.values()), (
+            "grid() must give tensors without gradients"
+        )
+        assert set(quantizer.learned) <= grid.keys(), f"'learned' names {quantizer.learned}, the grid has {list(grid)}"
+        codes = quantizer.quantize(weight, grid)
+        assert codes.shape == weight.shape, "quantize() must keep the shape"
+        assert not codes.is_floating_point(), f"quantize() must give integers, got {codes.dtype}"
+        quantized = quantizer.dequantize(codes, grid, dtype)
+        assert quantized.dtype == dtype, f"dequantize() must give {dtype}, got {quantized.dtype}"
+        assert bool(quantized.isfinite().all()), "finite weights must stay finite"
         assert bool((quantized[weight == 0] == 0).all()), "zero must stay zero"
-        assert _same(quantizer.fake_quantize(quantized), quantized), "quantizing twice must change nothing"
-        parts = quantizer.pack(weight)
-        assert all(_is_tensor(part) for part in parts.values()), "pack() must give tensors"
-        unpacked = quantizer.unpack(parts, dtype)
-        assert _same(unpacked, quantized), "unpack(pack(w), w.dtype) must equal fake_quantize(w) bit for bit"
+        assert not bool(quantized[quantized == 0].signbit().any()), "a zero must be +0.0"
+        again = quantizer.dequantize(quantizer.quantize(quantized, grid), grid, dtype)
+        assert _same(again, quantized), "quantizing twice with one grid must change nothing"
+        faked = quantizer.fake_quantize(weight, grid)
+        assert _same(faked, quantized), "fake_quantize() must equal dequantize(quantize()) bit for bit"
+        assert _same(quantizer.fake_quantize(weight), faked), "without a grid, that of the matrix itself counts"
         assert _same(weight, before), "quantizing must leave the weight as it is"
-        learning = weight.clone().requires_grad_()
-        quantizer.fake_quantize(learning).float().sum().backward()
-        gradient = learning.grad
-        assert gradient is not None, "fake_quantize() must pass a gradient"
-        assert bool(gradient.isfinite().all()), "fake_quantize() must pass a finite gradient"
-        assert bool((gradient != 0).any()), "fake_quantize() must pass a gradient that is not zero"
+        half = weight.shape[1] // 2
+        if quantizer.check((weight.shape[0], half)) is None:
+            part = quantizer.columns(grid, half, 2 * half)
+            found = quantizer.dequantize(quantizer.quantize(weight[:, half : 2 * half], part), part, dtype)
+            assert _same(found, quantized[:, half : 2 * half]), "columns() must give the grid of these columns"
+        _check_gradients(quantizer, weight, grid)
+
+
+def _check_gradients(quantizer: Quantizer, weight: Tensor, grid: Mapping[str, Tensor]) -> None:
+    learning = weight.clone().requires_grad_()
+    quantizer.fake_quantize(learning).float().sum().backward()
+    gradient = learning.grad
+    assert gradient is not None, "fake_quantize() must pass a gradient"
+    assert bool(gradient.isfinite().all()), "fake_quantize() must pass a finite gradient"
+    assert bool((gradient != 0).any()), "fake_quantize() must pass a gradient that is not zero"
+    parts = {name: part.clone().requires_grad_(name in quantizer.learned) for name, part in grid.items()}
+    upstream = _normal(*weight.shape, seed=1).to(weight.dtype)
+    if quantizer.learned:
+        quantizer.fake_quantize(weight, parts).backward(upstream)
+    for name in quantizer.learned:
+        slope = parts[name].grad
+        assert slope is not None, f"fake_quantize() must pass a gradient to '{name}'"
+        assert bool(slope.isfinite().all()), f"fake_quantize() must pass a finite gradient to '{name}'"
+        assert bool((slope != 0).any()), f"fake_quantize() must pass a gradient to '{name}' that is not zero"
 
 
 # ----------------------------------------------------------------------------------------------- distillation

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import tiny_bert, tiny_llama
+from sparsehooks.builtin.quantizers.int8 import Int8
 from torch import nn
 from torch.nn import functional
 from transformers import Trainer
@@ -23,7 +24,6 @@ from sparsehooks.builtin.distillers.kl import KL
 from sparsehooks.builtin.patterns.n_of_m import NOfM
 from sparsehooks.builtin.patterns.tiles import Block, Column, Row
 from sparsehooks.builtin.patterns.unstructured import Unstructured
-from sparsehooks.builtin.quantizers.int8 import Int8
 from sparsehooks.builtin.schedules.ramps import Cosine, Cubic, Linear, OneShot
 from sparsehooks.masks import select
 

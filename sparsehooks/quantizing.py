@@ -1,0 +1,131 @@
+"""A quantize stage at work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsehooks import swapping
+from sparsehooks.components import Quantizer
+from sparsehooks.masks import check_finite
+from sparsehooks.plan import PlannedStage
+from sparsehooks.plugins import attributed
+from sparsehooks.recipe import QuantizeStage
+from sparsehooks.running import Run
+from sparsehooks.targets import Target
+
+Grid = dict[str, Tensor]
+
+
+class QuantizeRun:
+    """Lets the layers of a stage compute with weights on their grids, from where its schedule begins.
+
+    The grid of a weight is fitted in each forward, or when the stage begins; what it learns belongs to the session.
+    When the stage freezes, all grids stay as they are.
+    """
+
+    def __init__(self, stage: PlannedStage, objects: Mapping[str, Any], run: Run) -> None:
+        self._stage = stage
+        self._quantizer = cast(Quantizer, objects["quantize"])
+        self._run = run
+        self._grids: dict[str, Grid] = {}
+        self._begun = self._frozen = False
+
+    def advance(self, step: int) -> None:
+        """Begin, if that is still to be done, and freeze when it is time."""
+        if not self._begun:
+            self._begun = True
+            if self._run.optimizer is None:
+                return  # without training the weights are projected as they are at the end
+            if not self._quantizer.follows:
+                self._fit()
+                self._learn()
+            self._swap()
+        if not self._frozen and step >= cast(QuantizeStage, self._stage.stage).freezes(self._run.total_steps):
+            self._frozen = True
+            if self._quantizer.follows:
+                self._fit()
+            else:
+                self._grids = {target.parameter: self._detached(target) for target in self._stage.targets}
+
+    @torch.no_grad()
+    def write(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Project these weights, by their names; only after all masks are written.
+
+        What has shrunk since its grid was found gets a new one.
+        """
+        for target in self._stage.targets if self._begun else ():
+            if target.parameter not in weights:
+                continue
+            weight = weights[target.parameter]
+            matrix = target.matrix(weight)
+            self._check(target, matrix)
+            with attributed(self._stage.components["quantize"].record):
+                grid = self._grid(target) if matrix.shape == target.matrix_shape else None
+                grid = self._quantizer.grid(matrix) if grid is None else grid
+                found = self._quantizer.dequantize(self._quantizer.quantize(matrix, grid), grid, matrix.dtype)
+            weight.copy_(target.restore(found, weight.shape))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"begun": self._begun, "frozen": self._frozen, "grids": {n: dict(g) for n, g in self._grids.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave, before what is learned comes back."""
+        devices = {target.parameter: self._run.weight(target).device for target in self._stage.targets}
+        self._grids = {
+            name: {key: part.to(devices[name]) for key, part in grid.items()} for name, grid in state["grids"].items()
+        }
+        self._begun, self._frozen = state["begun"], state["frozen"]
+        if self._begun:
+            self._learn()
+            self._swap()
+
+    @torch.no_grad()
+    def _fit(self) -> None:
+        """Find the grids of the weights as the layers see them."""
+        for target in self._stage.targets:
+            matrix = swapping.entering(self._run.model, target, "quantize")
+            self._check(target, matrix)
+            with attributed(self._stage.components["quantize"].record):
+                self._grids[target.parameter] = self._quantizer.grid(matrix)
+
+    def _learn(self) -> None:
+        """Hand what the grids learn to the session."""
+        for target in self._stage.targets:
+            grid, device = self._grids.get(target.parameter, {}), self._run.weight(target).device
+            made = {name: grid[name] for name in self._quantizer.learned if name in grid}
+            self._run.learned.add(self._owner(target), made, device, self._quantizer.learning_rate())
+
+    def _detached(self, target: Target) -> Grid:
+        grid = self._grid(target)
+        assert grid is not None
+        return {name: part.detach().clone() for name, part in grid.items()}
+
+    def _swap(self) -> None:
+        for target in self._stage.targets:
+            self._run.swap(target, "quantize", self._transform(target))
+
+    def _transform(self, target: Target) -> Any:
+        def quantize(matrix: Tensor, _: bool) -> Tensor:
+            if not self._begun:  # an earlier checkpoint was loaded
+                return matrix
+            return self._quantizer.fake_quantize(matrix, self._grid(target))
+
+        return quantize
+
+    def _grid(self, target: Target) -> Grid | None:
+        """As it is now; None if it follows the weight."""
+        grid = self._grids.get(target.parameter)
+        if grid is None or self._frozen:
+            return grid
+        return grid | self._run.learned.of(self._owner(target))
+
+    def _owner(self, target: Target) -> str:
+        return f"{self._stage.index}.{target.parameter}"
+
+    def _check(self, target: Target, matrix: Tensor) -> None:
+        check_finite(f"weights of '{target.parameter}'", matrix, "the training has diverged, lower the learning rate")
