@@ -47,7 +47,12 @@ if TYPE_CHECKING:
         SessionError as SessionError,
         SparseHooksError as SparseHooksError,
     )
-    from sparsehooks.grids import Steps as Steps, fake_quantize as fake_quantize, significant as significant
+    from sparsehooks.grids import (
+        Steps as Steps,
+        fake_quantize as fake_quantize,
+        read_grid as read_grid,
+        significant as significant,
+    )
     from sparsehooks.hookspecs import StageStatus as StageStatus, hookimpl as hookimpl
     from sparsehooks.loops.plain import attach as attach
     from sparsehooks.loops.posttrain import compress as compress
@@ -96,7 +101,7 @@ _HOME = {
     "Regularizer Schedule Solver Support Window check_moment",
     "coupling": "Coupling Member find_couplings",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
-    "grids": "Steps fake_quantize significant",
+    "grids": "Steps fake_quantize read_grid significant",
     "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",
     "loops.posttrain": "compress",

@@ -327,6 +327,7 @@ class Schedule(ComponentBase):
 
 
 def step_of(moment: float, total_steps: int) -> int:
+    """The optimizer step of a point in time: a float is a fraction of the run, an integer a step."""
     return round(moment * total_steps) if isinstance(moment, float) else moment
 
 

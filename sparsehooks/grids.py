@@ -89,6 +89,36 @@ class Steps:
         return (signed * scales).to(dtype).add_(0.0)
 
 
+def read_grid(blocks: Tensor, steps: Steps) -> dict[str, Tensor] | None:
+    """The grid that values lie on, found from the values alone: what ``Steps.fit`` gave, or a coarser one.
+
+    Args:
+        blocks: (blocks, values), finite, any floating dtype.
+        steps: the codes that the grid may have.
+
+    Returns:
+        ``scales`` float32 and, of an asymmetric grid, ``zeros`` uint8, both (blocks, 1), from which ``steps.values``
+        gives back every bit of the values; None if some block lies on no such grid.
+    """
+    values = blocks.detach().to(torch.float32)
+    top = values.abs().amax(dim=1, keepdim=True)
+    scales, lowest = torch.ones_like(top), torch.zeros_like(top)
+    open_ = (top > 0).flatten().nonzero().flatten()
+    for largest in range((1 << steps.bits) - 1 if not steps.symmetric else steps.most, 0, -1):
+        if not len(open_):
+            break
+        tried = significant((top[open_] / largest).clamp(min=SMALLEST), 17 if steps.symmetric else 16)
+        codes = (values[open_] / tried).round_()
+        least = codes.amin(dim=1, keepdim=True).clamp(max=0)
+        fits = steps.values(codes, tried, None, blocks.dtype) == blocks[open_]
+        fits = fits.all(dim=1) & (steps.symmetric | ((codes.amax(dim=1) - least[:, 0]) <= steps.most))
+        scales[open_[fits]], lowest[open_[fits]] = tried[fits], least[fits]
+        open_ = open_[~fits]
+    if len(open_):
+        return None
+    return {"scales": scales} if steps.symmetric else {"scales": scales, "zeros": (-lowest).to(torch.uint8)}
+
+
 def fake_quantize(blocks: Tensor, scales: Tensor, zeros: Tensor | None, steps: Steps, *, clips: bool) -> Tensor:
     """Values on their grid, with a straight-through gradient (Bengio et al. 2013, arXiv:1308.3432).
 
