@@ -26,6 +26,7 @@ from sparsehooks import LayerProblem, compress
 from sparsehooks.batches import Batches, measuring
 from sparsehooks.builtin.solvers.sparsegpt import SparseGPT
 from sparsehooks.collecting import Collector
+from sparsehooks.components import Need
 from sparsehooks.demo.data import load_pairs
 from sparsehooks.demo.evaluation import spearman
 from sparsehooks.targets import find
@@ -77,7 +78,7 @@ def errors(model, tokenizer, data):
 
     targets, _ = find(model, ["Linear"], EXCLUDE)
     batches = Batches(model, draw(tokenizer, data, 0))
-    collector = Collector(model, targets, gram=True)
+    collector = Collector(model, targets, {Need.GRAM})
     with measuring(model), torch.no_grad(), collector.hooked():
         for index in range(len(batches)):
             collector.batch(batches.padding(index))
@@ -149,7 +150,7 @@ def times():
     from sparsehooks.views import WeightView
 
     def wanda():
-        moments = Moments(gram=False)
+        moments = Moments(())
         moments.add(inputs)
         score = Wanda().score(WeightView("layer", weight, 0, **moments.evidence("layer")))
         pattern = Unstructured(Options("row"))

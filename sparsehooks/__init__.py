@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sparsehooks.artifact.convert import convert as convert
     from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
     from sparsehooks.artifact.write import save_pretrained as save_pretrained
-    from sparsehooks.calibration import Choose as Choose, LayerProblem as LayerProblem, Quantize as Quantize
     from sparsehooks.catalog import Component as Component, Registry as Registry
     from sparsehooks.components import (
         Activation as Activation,
@@ -66,6 +65,12 @@ if TYPE_CHECKING:
     from sparsehooks.permutation import permute_channels as permute_channels
     from sparsehooks.plan import Plan as Plan
     from sparsehooks.plugins import PluginManager as PluginManager
+    from sparsehooks.problems import (
+        BalanceProblem as BalanceProblem,
+        Choose as Choose,
+        LayerProblem as LayerProblem,
+        Quantize as Quantize,
+    )
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
     from sparsehooks.ranges import Range as Range, find_range as find_range
     from sparsehooks.recipe import (
@@ -95,7 +100,6 @@ _HOME = {
     "artifact.convert": "convert",
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
-    "calibration": "Choose LayerProblem Quantize",
     "catalog": "Component Registry",
     "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
     "Regularizer Schedule Solver Support Window check_moment",
@@ -111,6 +115,7 @@ _HOME = {
     "plan": "Plan",
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",
+    "problems": "BalanceProblem Choose LayerProblem Quantize",
     "ranges": "Range find_range",
     "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use "
     "read_toml",

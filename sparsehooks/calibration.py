@@ -1,57 +1,32 @@
-"""Calibration: what criteria and solvers want to know of a model's inputs, collected over batches without training.
-
-A transformer is walked block by block: the inputs of the first block are caught; then each block is measured on what
-the pruned blocks before it give, pruned, and run again. So only one block's statistics are in memory at a time.
-"""
+"""Calibration: what criteria and solvers want to know of a model's inputs, collected over batches without training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsehooks.batches import Batches, measuring
-from sparsehooks.collecting import Collector
 from sparsehooks.components import Criterion, Need, Solver
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import MaskChange, check_finite
 from sparsehooks.plan import PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
+from sparsehooks.problems import LayerProblem, Quantize
 from sparsehooks.pruning import Masks, Pruner
 from sparsehooks.recipe import PruneStage
+from sparsehooks.sequential import Evidence, Rerun, Visit, collect, in_order, inside
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
-from sparsehooks.walking import Blocks, IrregularBlocksError, block_lists
-
-Choose = Callable[[int, int, Tensor, Tensor], Tensor]
-"""Which weights of some columns stay; see ``Solver.solve``."""
-Quantize = Callable[[Tensor, slice], Tensor]
-"""Some columns of a layer on the grid that they will lie on."""
+from sparsehooks.walking import Blocks, block_lists
 
 INPUTS = frozenset({Need.INPUT_NORM, Need.GRAM})
 """What the inputs of a layer tell."""
 COLLECTED = INPUTS | {Need.GRADIENT, Need.INFLUENCE}
 """What calibration batches give."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerProblem:
-    """What a solver gets to solve.
-
-    Attributes:
-        name: of the weight, for messages.
-        weight: (rows, columns), float32.
-        gram: ``X^T X / tokens`` of the layer's inputs, undamped, float32, shape (columns, columns).
-        group: where the pattern chooses within groups of so many columns (the m of N:M), how many; else None.
-    """
-
-    name: str
-    weight: Tensor
-    gram: Tensor
-    group: int | None = None
 
 
 class _Size(Criterion):
@@ -61,8 +36,12 @@ class _Size(Criterion):
         return view.weight.abs()
 
 
+OnGrid = Callable[[Target, Tensor], "Quantize | None"]
+"""How a target's columns go onto the grid that they will lie on, if a quantize stage solves for them too."""
+
+
 class Calibration:
-    """Prunes the stages that need calibration batches or have a solver.
+    """Prunes and quantizes by calibration batches.
 
     Args:
         model: on its device.
@@ -73,17 +52,23 @@ class Calibration:
         self._model = model
         self._batches = batches
 
-    def __call__(self, masks: Masks, pruner: Pruner) -> Mapping[str, MaskChange]:
+    def prune(self, masks: Masks, pruner: Pruner, on_grid: OnGrid) -> Mapping[str, MaskChange]:
         """Choose the masks of a stage, and solve for what stays."""
         with measuring(self._model), torch.no_grad():
-            return _Stage(self._model, self._batches, masks, pruner).run()
+            return _Stage(self._model, self._batches, masks, pruner, on_grid).run()
+
+    def visit(self, targets: Sequence[Target], visit: Visit, needs: Collection[Need]) -> None:
+        """Visit targets one after the other, each with what enters it; see ``in_order``."""
+        with measuring(self._model), torch.no_grad():
+            in_order(self._batches, targets, visit, needs)
 
 
 class _Stage:
     """One stage on its way through the model."""
 
-    def __init__(self, model: nn.Module, batches: Batches, masks: Masks, pruner: Pruner) -> None:
+    def __init__(self, model: nn.Module, batches: Batches, masks: Masks, pruner: Pruner, on_grid: OnGrid) -> None:
         self.model = model
+        self.on_grid = on_grid
         self.batches = batches
         self.masks = masks
         self.pruner = pruner
@@ -96,7 +81,7 @@ class _Stage:
         self.counts: Mapping[str, int] | None = None
         self.changes: dict[str, MaskChange] = {}
 
-    def run(self) -> dict[str, MaskChange]:  # noqa: C901 - each kind of evidence in turn
+    def run(self) -> dict[str, MaskChange]:
         if Need.GRADIENT in self.needs:
             self._gradients()
         sequential = self.gram or Need.INPUT_NORM in self.needs
@@ -115,18 +100,8 @@ class _Stage:
             return dict(self.masks.update(self.pruner, 0, 1.0, self._evidence))
         if self.counts is None:
             self.counts = self.masks.counts(replace(self.pruner, criterion=_Size()), 0, 1.0)
-        left = list(self.targets)
-        for name in block_lists(self.model, self.targets):
-            mine = [target for target in left if _inside(target, name)]
-            try:
-                walk = Blocks(self.batches, name)
-            except IrregularBlocksError:
-                if Need.INFLUENCE in self.needs:
-                    raise
-                continue
-            left = [target for target in left if target not in mine]
-            self._blocks(walk, mine)
-        self._layers(left)
+        needs = self.needs | {Need.GRAM} if self.gram else self.needs
+        in_order(self.batches, self.targets, self._prune, needs)
         return self.changes
 
     def _evidence(self, target: Target) -> Mapping[str, Any]:
@@ -185,67 +160,17 @@ class _Stage:
                     outputs = walk.run(block)
                     influence = walk.influence(outputs)
                     for target in self.targets:
-                        if _inside(target, f"{name}.{block}"):
+                        if inside(target, f"{name}.{block}"):
                             self.known[target.parameter]["influence"] = influence
                     walk.advance(outputs)
         if self.needs & INPUTS:
-            self._collect(self.targets, gram=Need.GRAM in self.needs)
+            for name, found in collect(self.batches, self.targets, self.needs).items():
+                self.known[name] |= found
 
-    def _collect(self, targets: Sequence[Target], *, gram: bool) -> None:
-        collector = Collector(self.model, targets, gram=gram)
-        with collector.hooked():
-            for index in range(len(self.batches)):
-                collector.batch(self.batches.padding(index))
-                self.batches.forward(index)
-        for target in targets:
-            self.known[target.parameter] |= collector.evidence(target)
-
-    def _blocks(self, walk: Blocks, targets: Sequence[Target]) -> None:
-        name = walk.name
-        last = max(i for i in range(len(walk.blocks)) if any(_inside(t, f"{name}.{i}") for t in targets))
-        for block in range(last + 1):
-            mine = [target for target in targets if _inside(target, f"{name}.{block}")]
-            if mine:
-                collector = Collector(self.model, mine, gram=self.gram)
-                outputs = walk.run(block, collector)
-                influence = {"influence": walk.influence(outputs)} if Need.INFLUENCE in self.needs else {}
-                for target in mine:
-                    self.known[target.parameter] |= {**collector.evidence(target), **influence}
-                del collector
-                self._prune(mine)
-            if block < last:
-                walk.advance(walk.run(block))
-
-    def _layers(self, targets: Sequence[Target]) -> None:
-        """Layers outside of blocks, in the order in which they run, each by a forward of its own over all batches."""
-        if not targets:
-            return
-        order: dict[str, int] = {}
-
-        def noting(name: str) -> Callable[..., None]:
-            def note(*_: Any) -> None:
-                order.setdefault(name, len(order))
-
-            return note
-
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(noting(name))
-            for target in targets
-            for name in target.modules
-        ]
-        try:
-            self.batches.forward(0)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for target in sorted(targets, key=lambda t: min(order.get(name, len(order)) for name in t.modules)):
-            if Need.INFLUENCE in self.needs:
-                self.known[target.parameter]["influence"] = 0.0
-            self._collect([target], gram=self.gram)
-            self._prune([target])
-
-    def _prune(self, targets: Sequence[Target]) -> None:
+    def _prune(self, targets: Sequence[Target], evidence: Evidence, _: Rerun | None) -> None:
         assert self.counts is not None
+        for name, found in evidence.items():
+            self.known[name] |= found
         if self.solver is None:
             mine = {target.parameter: self.counts[target.parameter] for target in targets}
             self.changes |= self.masks.update(self.pruner, 0, 1.0, self._evidence, targets, mine)
@@ -265,7 +190,7 @@ class _Stage:
         choice = Choice(self.pruner, target, self.masks, evidence, self.counts[target.parameter])
         problem = LayerProblem(target.parameter, matrix.float().clone(), evidence["gram"], choice.group)
         with attributed(self.pruner.stage.components["solver"].record):
-            solved, mask = solver.solve(problem, choice)
+            solved, mask = solver.solve(problem, choice, self.on_grid(target, matrix))
             check_finite(f"solved weights of '{target.parameter}'", solved, "raise the solver's damping")
         weight.copy_(target.restore(solved).to(weight.dtype))
         shaped = target.restore(mask)
@@ -351,19 +276,15 @@ class Choice:
             return self._pruner.pattern.expand(keep, {self._name: score})[self._name]
 
 
-def _inside(target: Target, name: str) -> bool:
-    return any(module.startswith(f"{name}.") or module == name for module in target.modules)
-
-
 def needs_calibration(stage: PlannedStage) -> bool:
     """Whether a stage wants calibration batches."""
-    if not isinstance(stage.stage, PruneStage):
-        return False
-    return "solver" in stage.components or bool(stage.components["prune"].cls.needs & COLLECTED)
+    if "solver" in stage.components:
+        return True
+    return isinstance(stage.stage, PruneStage) and bool(stage.components["prune"].cls.needs & COLLECTED)
 
 
 def reads_inputs(stage: PlannedStage) -> bool:
     """Whether a stage wants to know what goes into its layers."""
-    return needs_calibration(stage) and (
-        "solver" in stage.components or bool(stage.components["prune"].cls.needs & INPUTS)
-    )
+    if "solver" in stage.components:
+        return True
+    return isinstance(stage.stage, PruneStage) and bool(stage.components["prune"].cls.needs & INPUTS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from sparsehooks.components import Need
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import check_finite
 from sparsehooks.padding import Padding, without_padding
@@ -20,15 +22,21 @@ STRIP = 256
 class Moments:
     """The running second moments of what goes into one layer, or into several that share their input."""
 
-    def __init__(self, *, gram: bool) -> None:
-        self._wants_gram = gram
+    def __init__(self, needs: Collection[Need]) -> None:
+        self._wants_gram = Need.GRAM in needs
+        self._wants_range = Need.INPUT_RANGE in needs
         self._sum: Tensor | None = None
+        self._mean = self._peak = torch.zeros(())
         self.tokens = 0
 
     def add(self, rows: Tensor) -> None:
         """See inputs, shape (tokens, columns)."""
         rows = rows.float()
         self.tokens += len(rows)
+        if self._wants_range:
+            size = rows.abs()
+            self._mean = self._mean.to(rows.device) + size.sum(dim=0)
+            self._peak = torch.maximum(self._peak.to(rows.device), size.amax(dim=0))
         if self._wants_gram:
             if self._sum is None:
                 self._sum = rows.t() @ rows
@@ -50,9 +58,12 @@ class Moments:
             raise SessionError(f"no calibration batch reaches '{name}'; exclude it")
         check_finite(f"activations that enter '{name}', squared and summed,", self._sum, "look at the calibration data")
         mean = self._sum / self.tokens
+        found = {"input_norm": (mean.diagonal().clamp(min=0) if self._wants_gram else mean).sqrt()}
         if self._wants_gram:
-            return {"gram": mean, "input_norm": mean.diagonal().clamp(min=0).sqrt()}
-        return {"input_norm": mean.sqrt()}
+            found["gram"] = mean
+        if self._wants_range:
+            found |= {"input_mean": self._mean / self.tokens, "input_peak": self._peak}
+        return found
 
 
 def tokens_of(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,12 +98,18 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
 
 
 class Collector:
-    """Hooks on the modules of some targets that collect what goes into them."""
+    """Hooks on the modules of some targets that collect what goes into them.
 
-    def __init__(self, model: nn.Module, targets: Iterable[Target], *, gram: bool) -> None:
+    Args:
+        model: in which they are.
+        targets: whose inputs.
+        needs: what of them; their norms at least.
+    """
+
+    def __init__(self, model: nn.Module, targets: Iterable[Target], needs: Collection[Need] = ()) -> None:
         self._modules = {name: model.get_submodule(name) for target in targets for name in target.modules}
         self._names = {target.parameter: target.modules for target in targets}
-        self._gram = gram
+        self._needs = needs
         self._moments: dict[str, Moments] = {}
         self._leads: dict[str, bool] = {}
         self._padding = Padding()
@@ -120,7 +137,7 @@ class Collector:
     def evidence(self, target: Target) -> dict[str, Tensor]:
         """The fields of the target's view."""
         names = [name for name in target.modules if name in self._moments]
-        moments = self._moments[names[0]] if names else Moments(gram=self._gram)
+        moments = self._moments[names[0]] if names else Moments(self._needs)
         return moments.evidence(names[0] if names else target.modules[0])
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -133,7 +150,7 @@ class Collector:
                 leader = next((other for tensor, other in self._seen if tensor is inputs), None)
                 shared = next((self._moments[other] for other in tied if other in self._moments), None)
                 self._leads[name] = leader is None or shared is not None
-                self._moments[name] = shared or (self._moments[leader] if leader else Moments(gram=self._gram))
+                self._moments[name] = shared or (self._moments[leader] if leader else Moments(self._needs))
             if self._leads[name]:
                 self._seen.append((inputs, name))
                 self._moments[name].add(tokens_of(module, inputs.detach(), self._padding.of(name)))

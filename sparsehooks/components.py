@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from sparsehooks.calibration import Choose, LayerProblem, Quantize
+    from sparsehooks.problems import BalanceProblem, Choose, LayerProblem, Quantize
     from sparsehooks.targets import Target
 
 
@@ -45,6 +45,8 @@ class Need(enum.Enum):
     """``view.input_norm``: how large each input feature is."""
     GRAM = "gram"
     """``view.gram``: how the input features vary together; without training only."""
+    INPUT_RANGE = "input_range"
+    """``input_mean`` and ``input_peak`` of a ``BalanceProblem``: how large the magnitudes of each input feature are."""
     INFLUENCE = "influence"
     """``view.influence``: how much the block that holds the weight changes its input."""
 
@@ -369,9 +371,20 @@ class Solver(ComponentBase):
 
     kind = "solver"
 
+    def balance(self, problem: BalanceProblem) -> Tensor | None:
+        """Make layers that share their input easier to quantize: by what to divide each feature of the input.
+
+        The layer or the norm that gives the input divides, and the columns of the weights are multiplied: the model
+        computes the same. Asked only for quantize stages, where such a producer is found, before ``solve``.
+
+        Returns:
+            positive float32, shape (columns,); None, the default, leaves the layers as they are.
+        """
+        return None
+
     @abstractmethod
     def solve(self, layer: LayerProblem, choose: Choose, quantize: Quantize | None = None) -> tuple[Tensor, Tensor]:
-        """Prune a layer so that its outputs on the calibration inputs change little.
+        """Prune a layer, or put it on a grid, so that its outputs on the calibration inputs change little.
 
         Args:
             layer: its weight, and how its inputs vary together; both are to be left as they are.

@@ -6,9 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from sparsehooks.components import Activation, Allocation, ComponentBase, Criterion, Need, Pattern, Schedule
+from sparsehooks.components import (
+    Activation,
+    Allocation,
+    ComponentBase,
+    Criterion,
+    Need,
+    Pattern,
+    Quantizer,
+    Schedule,
+)
 from sparsehooks.decoding import decode
 from sparsehooks.discovery import require
 from sparsehooks.errors import PlanError, PluginError, RecipeError
@@ -133,7 +142,7 @@ KEYS = {
     RegularizeStage: {"regularize": "regularizer", "pattern": "pattern", "schedule": "schedule"},
     ActivationStage: {"activation": "activation", "schedule": "schedule"},
     ShrinkStage: {},
-    QuantizeStage: {"quantize": "quantizer", "schedule": "schedule"},
+    QuantizeStage: {"quantize": "quantizer", "schedule": "schedule", "solver": "solver"},
     DistillStage: {"distill": "distiller"},
 }
 """For each kind of stage: which of its keys name a component, and of which kind."""
@@ -245,6 +254,8 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
         problems += _pattern_problems(planned, stage, model)
     if isinstance(stage, ActivationStage) and "activation" in components:
         problems += _activation_problems(planned, model)
+    if isinstance(stage, QuantizeStage) and "quantize" in components:
+        problems += _misfits(planned, "quantize", stage.quantize)
     if isinstance(stage, QuantizeStage) or ("prune" in components and _acts_forward(planned)):
         from sparsehooks.swapping import unsupported
 
@@ -285,7 +296,7 @@ def _pattern_problems(planned: PlannedStage, stage: PruneStage | RegularizeStage
     pattern, targets = _pattern(planned), list(planned.targets)
     with attributed(planned.components["pattern"].record):
         problems = [f"{planned.path}.pattern: {problem}" for problem in pattern.couple(model, targets)]
-    problems += _misfits(planned, pattern, stage, targets)
+    problems += _misfits(planned, "pattern", stage.pattern)
     if problems:
         return problems
     if isinstance(stage, PruneStage):
@@ -319,10 +330,10 @@ def crosses_targets(planned: PlannedStage, pattern: Pattern) -> bool:
 def _untrainable(planned: PlannedStage) -> list[str]:
     """What a stage asks for that a training loop does not have."""
     stage = planned.stage
+    if isinstance(stage, (PruneStage, QuantizeStage)) and stage.solver is not None:
+        return [f"{planned.path}.solver: '{stage.solver.use}' repairs without training; use sparsehooks.compress"]
     if not isinstance(stage, PruneStage):
         return []
-    if stage.solver is not None:
-        return [f"{planned.path}.solver: '{stage.solver.use}' repairs without training; use sparsehooks.compress"]
     return [
         f"{planned.path}.{key}: '{use.use}' needs calibration batches; use sparsehooks.compress"
         for key, use in (("prune", stage.prune), ("grow", stage.grow.use if stage.grow else None))
@@ -334,17 +345,17 @@ def _pattern(planned: PlannedStage) -> Pattern:
     return cast(Pattern, planned.components["pattern"].create())
 
 
-def _misfits(
-    planned: PlannedStage, pattern: Pattern, stage: PruneStage | RegularizeStage, targets: list[Target]
-) -> list[str]:
+def _misfits(planned: PlannedStage, key: Literal["pattern", "quantize"], use: Use) -> list[str]:
+    """The targets whose shape a pattern or a quantizer cannot handle."""
+    component = cast(Pattern | Quantizer, planned.components[key].create())
     reasons: dict[str, list[str]] = {}
-    for target in targets:
-        with attributed(planned.components["pattern"].record):
-            reason = pattern.check(target.matrix_shape)
+    for target in planned.targets:
+        with attributed(planned.components[key].record):
+            reason = component.check(target.matrix_shape)
         if reason is not None:
             reasons.setdefault(reason, []).append(target.parameter)
     return [
-        f"{planned.path}.pattern: '{stage.pattern.use}' does not fit {_some(names)}: {reason}; exclude it"
+        f"{planned.path}.{key}: '{use.use}' does not fit {_some(names)}: {reason}; exclude it"
         for reason, names in reasons.items()
     ]
 

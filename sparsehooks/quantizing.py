@@ -9,27 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import swapping
-from sparsehooks.components import Quantizer
+from sparsehooks.components import Need, Quantizer, Solver
 from sparsehooks.masks import check_finite
 from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
+from sparsehooks.problems import Quantize
 from sparsehooks.recipe import QuantizeStage
+from sparsehooks.rounding import Grid, Rounding, fitted
 from sparsehooks.running import Run
 from sparsehooks.targets import Target
-
-Grid = dict[str, Tensor]
 
 
 class QuantizeRun:
     """Lets the layers of a stage compute with weights on their grids, from where its schedule begins.
 
     The grid of a weight is fitted in each forward, or when the stage begins; what it learns belongs to the session.
-    When the stage freezes, all grids stay as they are.
+    When the stage freezes, all grids stay as they are. Without training, a solver may put the weights on their grids
+    block by block, each block measured on what those before it give then.
     """
 
     def __init__(self, stage: PlannedStage, objects: Mapping[str, Any], run: Run) -> None:
         self._stage = stage
         self._quantizer = cast(Quantizer, objects["quantize"])
+        self._solver = cast(Solver | None, objects.get("solver"))
         self._run = run
         self._grids: dict[str, Grid] = {}
         self._begun = self._frozen = False
@@ -57,9 +59,13 @@ class QuantizeRun:
 
         What has shrunk since its grid was found gets a new one.
         """
-        for target in self._stage.targets if self._begun else ():
-            if target.parameter not in weights:
-                continue
+        targets = [target for target in self._stage.targets if self._begun and target.parameter in weights]
+        if self._solver is not None and self._run.calibration is not None:
+            free = [target for target in targets if target.parameter not in self._grids]
+            rounding = Rounding(self._stage, self._quantizer, self._solver, self._run)
+            self._run.calibration.visit(free, rounding.visit, {Need.GRAM} | self._solver.needs)
+            self._grids |= rounding.grids
+        for target in targets:
             weight = weights[target.parameter]
             matrix = target.matrix(weight)
             self._check(target, matrix)
@@ -68,6 +74,14 @@ class QuantizeRun:
                 grid = self._quantizer.grid(matrix) if grid is None else grid
                 found = self._quantizer.dequantize(self._quantizer.quantize(matrix, grid), grid, matrix.dtype)
             weight.copy_(target.restore(found, weight.shape))
+
+    def on_grid(self, target: Target, matrix: Tensor) -> Quantize | None:
+        """The columns' way onto the grid of this matrix, for a solver that prunes too; None if it is not to solve."""
+        if self._solver is None or target not in self._stage.targets:
+            return None
+        grid, project = fitted(self._stage, self._quantizer, matrix)
+        self._grids[target.parameter] = grid
+        return project
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

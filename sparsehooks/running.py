@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from sparsehooks.rewinding import Snapshot
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
 
+if TYPE_CHECKING:
+    from sparsehooks.calibration import Calibration, OnGrid
+
 Changes = Mapping[str, MaskChange]
-Calibrate = Callable[[Masks, Pruner], Changes]
-"""Updates the masks of a stage by calibration batches, without training."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Run:
         swap: lets a target's layers compute with another weight.
         total_steps: of the run.
         folder: where a resumed run finds what it needs of its start.
-        calibrate: for stages that decide by calibration batches.
+        calibration: without training, for stages that decide by calibration batches.
+        on_grid: how a target's columns go onto their grid, if a solver shall do both.
     """
 
     model: nn.Module
@@ -51,7 +53,8 @@ class Run:
     swap: Callable[[Target, swapping.Step, swapping.Transform], None]
     total_steps: int
     folder: Path | None
-    calibrate: Calibrate | None
+    calibration: Calibration | None
+    on_grid: OnGrid
 
     def weight(self, target: Target) -> nn.Parameter:
         """The parameter of a target."""
@@ -195,8 +198,8 @@ class PruneRun:
         schedule.acted()
         if share < before and schedule.adaptive:
             return run.masks.step_back(self._stage.index)
-        if run.calibrate is not None and (self._stage.components.get("solver") or pruner.needs):
-            return run.calibrate(run.masks, pruner)
+        if run.calibration is not None and (self._stage.components.get("solver") or pruner.needs):
+            return run.calibration.prune(run.masks, pruner, run.on_grid)
         progress = 1.0 if moment >= last else (moment - first) / (last - first)
         growth = 0.0 if pruner.recipe.grow is None else pruner.recipe.grow.share(progress)
         self._rewinds = first < moment < last

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,13 @@ from sparsehooks.recipe import (
     RegularizeStage,
     ShrinkStage,
 )
-from sparsehooks.running import Calibrate, Changes, PruneRun, RegularizeRun, Run
+from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.targets import Target
 from sparsehooks.views import SessionView
+
+if TYPE_CHECKING:
+    from sparsehooks.calibration import Calibration
+    from sparsehooks.problems import Quantize
 
 DIVERGED = "the training has diverged, lower the learning rate"
 KEY = "sparsehooks"
@@ -98,7 +102,7 @@ class Session:
         *,
         folder: Path | None = None,
         opened: Collection[str] | None = None,
-        calibrate: Calibrate | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Begin, or go on after ``step`` finished optimizer steps.
 
@@ -109,7 +113,7 @@ class Session:
             folder: where to keep what a resumed run needs of its start.
             opened: of an artifact that is trained further, the names of its pruned parameters: their zeros, and
                 those of the recipe's own targets, are the first masks.
-            calibrate: without training: what updates the masks of the stages that need calibration or have a solver.
+            calibration: without training: for the stages that need calibration batches.
 
         Raises:
             SessionError: if a resumed run lacks its state, or belongs to another recipe.
@@ -129,7 +133,17 @@ class Session:
         self.masks = Masks(self._weights, self.plan.recipe.seed)
         self.masks.on_grown = self._reset_slots
         start = None if state is None else self._checked(state)["distillation"]["start"]
-        run = Run(model, optimizer, self.masks, self._learned, self._swap, self.total_steps, folder, calibrate)
+        run = Run(
+            model,
+            optimizer,
+            self.masks,
+            self._learned,
+            self._swap,
+            self.total_steps,
+            folder,
+            calibration,
+            self._on_grid,
+        )
         for stage in self.plan.stages:
             if isinstance(stage.stage, PruneStage):
                 self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run, new=state is None)
@@ -478,6 +492,11 @@ class Session:
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status
         self.manager.stage_changed(self.view, stage.label, status)
+
+    def _on_grid(self, target: Target, matrix: Tensor) -> Quantize | None:
+        """How a solver that prunes puts columns on the grid of a quantize stage that has a solver, too."""
+        found = (quantizing.on_grid(target, matrix) for quantizing in self._quantizing.values())
+        return next((on_grid for on_grid in found if on_grid is not None), None)
 
     def _swap(self, target: Target, step: swapping.Step, transform: swapping.Transform) -> None:
         swapping.swap(self._model, target, step, transform)

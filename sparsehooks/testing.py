@@ -275,7 +275,7 @@ def _check_regularizer(component: ComponentBase) -> None:
 def _check_solver(component: ComponentBase) -> None:
     import torch
 
-    from sparsehooks.calibration import LayerProblem
+    from sparsehooks.problems import LayerProblem
 
     solver = cast(Solver, component)
     inputs = _normal(64, 16, seed=1) @ _normal(16, 16, seed=2)

@@ -30,6 +30,7 @@ class Blocks:
 
     def __init__(self, batches: Batches, name: str) -> None:
         self._batches = batches
+        self.model = batches.model
         self.name = name
         self.blocks = list(cast(nn.ModuleList, batches.model.get_submodule(name)))
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -37,11 +38,11 @@ class Blocks:
         for index in range(len(batches)):
             self._catch(index)
 
-    def run(self, block: int, collector: Collector | None = None) -> list[Any]:
-        """The outputs of a block on all batches."""
+    def run(self, block: int, collector: Collector | None = None, limit: int | None = None) -> list[Any]:
+        """The outputs of a block on all batches, or on the first ones."""
         outputs = []
         with collector.hooked() if collector else contextlib.nullcontext():
-            for index, hidden in enumerate(self._hidden):
+            for index, hidden in enumerate(self._hidden[:limit]):
                 if collector:
                     collector.batch(self._batches.padding(index))
                 args, kwargs = self._calls[index][block]

@@ -12,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from sparsehooks import PlanError, SessionError, compress
 from sparsehooks.batches import Batches, measuring
 from sparsehooks.collecting import Collector, tokens_of, unsupported
+from sparsehooks.components import Need
 from sparsehooks.targets import find
 from sparsehooks.walking import Blocks, block_lists
 from tests.helpers import tiny_bert, tiny_classifier, tiny_llama
@@ -39,7 +40,7 @@ def batches(count=3, *, labels=False, padded=True):
 
 
 def collect(model, targets, data, *, gram=True):
-    runs, collector = Batches(model, data), Collector(model, targets, gram=gram)
+    runs, collector = Batches(model, data), Collector(model, targets, {Need.GRAM} if gram else ())
     with measuring(model), torch.no_grad(), collector.hooked():
         for index in range(len(runs)):
             collector.batch(runs.padding(index))
@@ -99,7 +100,7 @@ def test_the_decoder_has_a_padding_of_its_own():
     ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": encoder, "decoder_input_ids": ids, "decoder_attention_mask": decoder}
     targets, _ = find(model, ["Linear"], ["lm_head"])
-    runs, collector = Batches(model, [batch]), Collector(model, targets, gram=False)
+    runs, collector = Batches(model, [batch]), Collector(model, targets)
     with measuring(model), torch.no_grad(), collector.hooked():
         collector.batch(runs.padding(0))
         runs.forward(0)

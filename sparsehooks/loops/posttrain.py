@@ -78,13 +78,13 @@ def compress(
             model, source = open_model(model_or_path)
         session = Session.of(recipe, manager, model, total_steps=0)
         batches = None if calibration is None else Batches(model, calibration)
-        calibrate = None
+        calibrated = None
         if batches is not None and any(needs_calibration(stage) for stage in session.plan.stages):
             _check_layers(session.plan, model)
-            calibrate = Calibration(model, batches)
+            calibrated = Calibration(model, batches)
         config = disarm(model)
         with session.aborting():
-            session.start(model, opened=config.pruned if config is not None else None, calibrate=calibrate)
+            session.start(model, opened=config.pruned if config is not None else None, calibration=calibrated)
             if batches is not None and any(_has_threshold(stage) for stage in session.plan.stages):
                 session.calibrate(batches)
             session.finish()

@@ -85,8 +85,8 @@ class KMeans(Quantizer):
         return made
 
     def columns(self, grid: Mapping[str, Tensor], start: int, stop: int) -> Mapping[str, Tensor]:
-        """The codes of the columns."""
-        return {**grid, "codes": grid["codes"][:, start:stop]} if "codes" in grid else grid
+        """The codebook: columns alone take the values that are nearest."""
+        return {"codebook": grid["codebook"]}
 
     @staticmethod
     def _assign(values: Tensor, codebook: Tensor) -> Tensor:

@@ -21,33 +21,38 @@ class SparseGPT(Solver):
     config: Options
 
     def solve(self, layer: LayerProblem, choose: Choose, quantize: Quantize | None = None) -> tuple[Tensor, Tensor]:
-        """Blocks of 128 columns are chosen when they are reached; groups of N:M too.
+        """Blocks of 128 columns are chosen when they are reached; groups of N:M too."""
+        return eliminate(layer, choose, quantize, self.config.damping)
 
-        With a lower R and H = R^T R, what is lost is the sum over columns j of (sum over i <= j of R_ji d_i)^2, where d
-        is what the columns moved by. The inverse that the paper updates with is needed within a block only: R_bb^-1.
-        """
-        gram, dead = without_dead(layer.gram)
-        # one factorization, of H read backwards: R = J L^T J
-        _, lower = factor(layer.name, gram.flip(0, 1), self.config.damping)
-        root = lower.t().flip(0, 1)
-        weight = layer.weight.t().contiguous()  # a column of the layer lies together
-        weight[dead] = 0.0
-        moved, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
-        group = layer.group or BLOCK
-        block = max(group, BLOCK // group * group)
-        strip = STRIP // group * group or (group if group % STRIP else STRIP)
-        for start in range(0, len(weight), block):
-            stop = min(start + block, len(weight))
-            own = root[start:stop, start:stop]
-            inverse = torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=False)
-            before = weight[start:stop].clone()
-            if start:  # the optimum of what is still free
-                weight[start:stop] += inverse @ (root[start:stop, :start] @ moved[:start])
-            _Block(weight[start:stop], mask[start:stop], inverse.t().contiguous(), start, group, strip).solve(
-                choose, quantize
-            )
-            moved[start:stop] = before - weight[start:stop]
-        return weight.t().contiguous(), mask.t().contiguous()
+
+def eliminate(layer: LayerProblem, choose: Choose, quantize: Quantize | None, damping: float) -> tuple[Tensor, Tensor]:
+    """Fix the columns from left to right, each error moved into those that follow; see ``Solver.solve``.
+
+    With a lower R and H = R^T R, what is lost is the sum over columns j of (sum over i <= j of R_ji d_i)^2, where d
+    is what the columns moved by. The inverse that the papers update with is needed within a block only: R_bb^-1.
+    """
+    gram, dead = without_dead(layer.gram)
+    # one factorization, of H read backwards: R = J L^T J
+    _, lower = factor(layer.name, gram.flip(0, 1), damping)
+    root = lower.t().flip(0, 1)
+    weight = layer.weight.t().contiguous()  # a column of the layer lies together
+    weight[dead] = 0.0
+    moved, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
+    group = layer.group or BLOCK
+    block = max(group, BLOCK // group * group)
+    strip = STRIP // group * group or (group if group % STRIP else STRIP)
+    for start in range(0, len(weight), block):
+        stop = min(start + block, len(weight))
+        own = root[start:stop, start:stop]
+        inverse = torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=False)
+        before = weight[start:stop].clone()
+        if start:  # the optimum of what is still free
+            weight[start:stop] += inverse @ (root[start:stop, :start] @ moved[:start])
+        _Block(weight[start:stop], mask[start:stop], inverse.t().contiguous(), start, group, strip).solve(
+            choose, quantize
+        )
+        moved[start:stop] = before - weight[start:stop]
+    return weight.t().contiguous(), mask.t().contiguous()
 
 
 class _Block:
