@@ -72,7 +72,7 @@ if TYPE_CHECKING:
         Quantize as Quantize,
     )
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
-    from sparsehooks.ranges import Range as Range, find_range as find_range
+    from sparsehooks.ranges import Range as Range, find_range as find_range, min_max as min_max
     from sparsehooks.recipe import (
         ActivationStage as ActivationStage,
         DistillStage as DistillStage,
@@ -116,7 +116,7 @@ _HOME = {
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",
     "problems": "BalanceProblem Choose LayerProblem Quantize",
-    "ranges": "Range find_range",
+    "ranges": "Range find_range min_max",
     "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use "
     "read_toml",
     "session": "Session",

@@ -1,7 +1,8 @@
-"""Activation stages at work: functions that turn into ReLU, and thresholds below which values become zero.
+"""Activation stages at work: functions that turn into ReLU, thresholds below which values become zero, and grids.
 
 A module's class is swapped for a subclass, as in ``swapping``: parameters, state-dict keys and ``deepcopy`` stay as
-they are. Thresholds stay in place on the finished model; config.json carries them, and opening applies them again.
+they are. Thresholds and ranges stay in place on the finished model; config.json carries them, and opening applies them
+again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from sparsehooks import distributed
 from sparsehooks.batches import Batches
 from sparsehooks.components import Activation
 from sparsehooks.decoding import decode
 from sparsehooks.errors import PluginError, RecipeError, SessionError
+from sparsehooks.learned import Learned
 from sparsehooks.padding import Padding, without_padding
 from sparsehooks.plugins import installed_catalog
 from sparsehooks.sampling import GRID, Recorder, Sample
@@ -57,9 +61,9 @@ def problems(planned: PlannedStage, component: Activation, model: nn.Module) -> 
     """Why an activation stage cannot run on the model, one sentence each."""
     use, sparsity = planned.stage.component.use, getattr(planned.stage, "sparsity", None)
     found = []
-    if component.calibrated and sparsity is None:
+    if component.calibrated == "sparsity" and sparsity is None:
         found.append(f"{planned.path}: 'sparsity' is missing, such as 0.5: '{use}' has a threshold")
-    if not component.calibrated and sparsity is not None:
+    if component.calibrated != "sparsity" and sparsity is not None:
         found.append(f"{planned.path}: 'sparsity' does not apply to '{use}', which has no threshold; leave it out")
     names = sites(model, component, planned.targets)
     if planned.targets and not names:
@@ -85,7 +89,7 @@ class _Run:
 
     @property
     def waits(self) -> bool:
-        return self.component.calibrated and not self.tables
+        return self.component.calibrated is not None and not self.tables
 
 
 class Activations:
@@ -94,18 +98,23 @@ class Activations:
     Args:
         stages: each planned stage, its component, and its targets (or names of modules).
         model: the unwrapped model.
+        learned: takes the amounts that train; without it they stay as they are.
     """
 
     def __init__(
-        self, stages: Sequence[tuple[PlannedStage, Activation, Sequence[Target | str]]], model: nn.Module
+        self,
+        stages: Sequence[tuple[PlannedStage, Activation, Sequence[Target | str]]],
+        model: nn.Module,
+        learned: Learned | None = None,
     ) -> None:
+        self._learned = learned
         self._stages = {planned.index: (planned, component, targets) for planned, component, targets in stages}
         self._model = model
         self._runs: dict[int, _Run] = {}
         self._before: dict[str, tuple[nn.Module, Site | None]] = {}
         self._recorder = Recorder()
         self._calibrating = False
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def start(self, stage: PlannedStage | int) -> None:
         """Swap the modules of a stage; from now on it collects what it needs. A stage starts once.
@@ -118,7 +127,7 @@ class Activations:
             return
         planned, component, targets = self._stages[index]
         sparsity = getattr(planned.stage, "sparsity", None)
-        if component.calibrated and sparsity is None:
+        if component.calibrated == "sparsity" and sparsity is None:
             raise SessionError(f"{planned.label}: 'sparsity' is missing, such as 0.5")
         use = planned.stage.component
         made: dict[str, Site] = {}
@@ -135,8 +144,12 @@ class Activations:
                 made[name].sample = Sample(name, self._recorder)
             put(module, made[name])
         self._runs[index] = _Run(made, component, sparsity or 0.0)
-        if component.calibrated and self._hook is None:
-            self._hook = self._model.register_forward_pre_hook(self._see, with_kwargs=True)
+        if component.calibrated and not self._hooks:
+            self._hooks = [
+                self._model.register_forward_pre_hook(self._see, with_kwargs=True),
+                # what gradient checkpointing runs again, in the backward, was seen already
+                self._model.register_forward_hook(self._rest, always_call=True),
+            ]
 
     def advance(self, stage: PlannedStage | int, share: float) -> None:
         """Let a stage be at a share of its schedule; it starts if it has not."""
@@ -177,6 +190,8 @@ class Activations:
             if run.waits:
                 self._fit(run)
             self._set(run)
+            for site in run.sites.values():
+                site.learned = None
         self._unhook()
         replaced = set()
         for run in self._runs.values():
@@ -226,15 +241,28 @@ class Activations:
             for run in self._runs.values():
                 run.seen += 1
 
+    def _rest(self, *_: Any) -> None:
+        self._recorder.on = False
+
     def _fit(self, run: _Run) -> None:
         for name, site in run.sites.items():
             assert site.sample is not None
-            run.tables[name] = site.sample.table(run.sparsity)
+            if run.component.calibrated == "sparsity":
+                run.tables[name] = site.sample.table(run.sparsity)
+            else:
+                reach = torch.tensor([run.component.reach(*site.sample.seen())], dtype=torch.float64)
+                distributed.average(reach)
+                run.tables[name] = reach.expand(GRID + 1).clone()
         self._fitted(run)
 
     def _fitted(self, run: _Run) -> None:
-        for site in run.sites.values():
+        for name, site in run.sites.items():
             site.sample = None
+            if run.component.learned and self._learned is not None:
+                device = next(self._model.get_submodule(name).parameters()).device
+                made = {"amount": run.tables[name][-1].to(torch.float32)}
+                self._learned.add(f"activation.{name}", made, device, run.component.learning_rate())
+                site.learned = self._learned.of(f"activation.{name}")["amount"]
         if not any(other.waits for other in self._runs.values()):
             self._unhook()
 
@@ -242,14 +270,16 @@ class Activations:
         for name, site in run.sites.items():
             if not run.component.calibrated:
                 site.amount = float(run.share)
+            elif site.learned is not None:
+                site.amount = float(site.learned)
             elif run.tables:
                 threshold = float(run.tables[name][round(run.share * GRID)])
                 site.amount = threshold if threshold >= 0 else None
 
     def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
 
 def recorded(model: nn.Module) -> dict[str, Any]:

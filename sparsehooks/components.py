@@ -404,33 +404,50 @@ class Solver(ComponentBase):
 
 
 class Activation(ComponentBase):
-    """What makes the values between the layers sparse?
+    """What makes the values between the layers sparse, or coarse?
 
     Attributes:
         place: where it acts. ``"input"``: on what enters the target layers; ``"output"``: on what the activation
             functions beside target layers return; ``"function"``: in place of the smooth ones of these functions.
-        calibrated: whether it needs a threshold, which is fitted to the stage's ``sparsity``.
+        calibrated: what its amount is fitted to, on the values that it sees: the stage's ``sparsity`` (a threshold of
+            their magnitudes) or their range (``reach``); None: nothing.
+        learned: whether the amount trains, once it is fitted.
         hidden_act: how config.json calls what ``replacement`` gives.
     """
 
     kind = "activation"
     place: ClassVar[Literal["input", "output", "function"]]
-    calibrated: ClassVar[bool] = False
+    calibrated: ClassVar[Literal["sparsity", "range"] | None] = None
+    learned: ClassVar[bool] = False
     hidden_act: ClassVar[str | None] = None
 
     @abstractmethod
-    def apply(self, values: Tensor, amount: float, before: Tensor | None = None) -> Tensor:
-        """The sparse values, of the same shape and dtype, differentiable.
+    def apply(self, values: Tensor, amount: float | Tensor, before: Tensor | None = None) -> Tensor:
+        """The values that go on, of the same shape and dtype, differentiable.
 
         Args:
             values: what enters the layer, what the function returned, or what enters the function (``"function"``).
-            amount: the threshold if it is calibrated (of ``|values|``; never negative), else the schedule's share.
+            amount: what was fitted (of ``|values|``; never negative), else the schedule's share; where it is learned a
+                float32 scalar that takes a gradient.
             before: what the function would have returned, for ``"function"`` alone.
         """
 
     def batches(self) -> int:
-        """On how many training batches the threshold is calibrated, where no calibration batches are given."""
+        """On how many training batches the amount is fitted, where no calibration batches are given."""
         return 8
+
+    def reach(self, magnitudes: Tensor, peaks: Tensor) -> float:
+        """The amount, where it is fitted to the range; not negative.
+
+        Args:
+            magnitudes: in ascending order, 1-D; where there are very many a random part of them.
+            peaks: the largest of each batch, in their order.
+        """
+        raise NotImplementedError
+
+    def learning_rate(self) -> float:
+        """Of a learned amount. Default: 1e-3."""
+        return LEARNING_RATE
 
     def replacement(self) -> nn.Module | None:
         """The module that takes the function's place at the end, where the share is 1. Default: none, it stays."""
@@ -449,12 +466,10 @@ class Quantizer(ComponentBase):
 
     Attributes:
         learned: the names of the tensors of a grid that train.
-        signed: whether negative values have codes; else it is for activations only.
     """
 
     kind = "quantizer"
     learned: ClassVar[tuple[str, ...]] = ()
-    signed: ClassVar[bool] = True
 
     @property
     def follows(self) -> bool:

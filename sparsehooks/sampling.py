@@ -42,6 +42,7 @@ class Sample:
         self.name = name
         self._recorder = recorder
         self._parts: list[Tensor] = []
+        self._peaks: list[Tensor] = []
         self._rate = 1.0
         self._generator = torch.Generator().manual_seed(distributed.seed_of(name))
 
@@ -57,6 +58,8 @@ class Sample:
         magnitudes = without_padding(values.detach(), self._recorder.padding.of(self.name)).abs().flatten()
         if not bool(magnitudes.isfinite().all()):
             raise SessionError(f"the activations of '{self.name}' are not finite; look at the data, or exclude it")
+        if magnitudes.numel():
+            self._peaks.append(magnitudes.max().float())
         self._parts.append(self._thin(magnitudes, self._rate))
         while self._rate > 2**-40 and sum(part.numel() for part in self._parts) > LIMIT:
             self._rate /= 2
@@ -68,14 +71,23 @@ class Sample:
         Raises:
             SessionError: if nothing was collected.
         """
-        ordered = torch.cat(self._parts).sort().values if self._parts else torch.empty(0)
-        if not ordered.numel():
-            raise SessionError(f"nothing has passed '{self.name}' yet; give calibration batches, or exclude it")
+        ordered, _ = self.seen()
         counts = [round(sparsity * share / GRID * ordered.numel()) for share in range(GRID + 1)]
         picked = ordered[torch.tensor([max(count - 1, 0) for count in counts], device=ordered.device)].double()
         table = torch.where(torch.tensor(counts, device=picked.device) > 0, picked, -1.0)
         distributed.average(table)
         return table.cpu()
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The magnitudes in ascending order (a random part of very many), and the largest of each batch.
+
+        Raises:
+            SessionError: if nothing was collected.
+        """
+        ordered = torch.cat(self._parts).sort().values if self._parts else torch.empty(0)
+        if not ordered.numel():
+            raise SessionError(f"nothing has passed '{self.name}' yet; give calibration batches, or exclude it")
+        return ordered, torch.stack(self._peaks)
 
     def _thin(self, values: Tensor, rate: float) -> Tensor:
         if rate == 1.0:

@@ -161,7 +161,7 @@ class Session:
             for stage in self.plan.stages
             if isinstance(stage.stage, ActivationStage)
         ]
-        self._activations = Activations(acting, model)
+        self._activations = Activations(acting, model, self._learned if optimizer is not None else None)
         self._distillation = Distillation(distillers, model, self._learned, self.plan.recipe.seed, folder, start)
         if state is not None:
             self.load_state_dict(state)
@@ -372,8 +372,8 @@ class Session:
         self._distillation.load_state_dict(state["distillation"])
         for index, quantizing in self._quantizing.items():
             quantizing.load_state_dict(state["quantizing"][index])
-        self._learned.load_state_dict(state["learned"])
         self._activations.load_state_dict(state["activations"])
+        self._learned.load_state_dict(state["learned"])
         for index, pruning in self._pruning.items():
             pruning.load_state_dict(state["pruning"][index])
         self.masks.alive = set(state["alive"])

@@ -264,7 +264,7 @@ def _fold(model: nn.Module, fold: Fold, constant: Tensor) -> None:
     index = constant.nonzero().flatten().to(bias.device)
     value = fold.activation(bias.detach().to(torch.float32).index_select(0, index))
     if isinstance(consumer, SparseInput):
-        value = consumer._sparsehooks_site.threshold(value)
+        value = consumer._sparsehooks_site.act(value)
     weight = matrix(model, f"{fold.consumer}.weight").to(torch.float32)
     weight = weight.reshape(weight.shape[0], len(constant), -1).sum(dim=2)  # a flattened channel is several columns
     moved = weight.index_select(1, index.to(weight.device)) @ value.to(weight.device)

@@ -1,4 +1,4 @@
-"""Where activations become sparse: modules whose class is swapped for one that changes its values."""
+"""Where activations become sparse or coarse: modules whose class is swapped for one that changes its values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Site:
         use: the component's name.
         options: its options.
         component: itself.
-        amount: the threshold, or the share of a function; None: nothing yet.
+        amount: what was fitted, or the share of a function; None: nothing yet.
+        learned: the amount that trains, instead.
         sample: collects the values, during calibration.
     """
 
@@ -30,13 +31,15 @@ class Site:
     options: Mapping[str, Any]
     component: Activation
     amount: float | None = None
+    learned: Tensor | None = None
     sample: Sample | None = None
 
-    def threshold(self, values: Tensor) -> Tensor:
-        """The values with zeros."""
+    def act(self, values: Tensor) -> Tensor:
+        """The values that go on."""
         if self.sample is not None:
             self.sample.add(values)
-        return values if self.amount is None else self.component.apply(values, self.amount)
+        amount = self.amount if self.learned is None else self.learned
+        return values if amount is None else self.component.apply(values, amount)
 
     def to_plain(self) -> dict[str, Any]:
         """For config.json."""
@@ -53,11 +56,11 @@ class SparseInput(Sparse):
     """A layer that zeroes inputs."""
 
     def _sparsehooks_incoming(self, values: Tensor) -> Tensor:
-        return self._sparsehooks_site.threshold(values)
+        return self._sparsehooks_site.act(values)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward of the sparse input."""
-        return super().forward(self._sparsehooks_site.threshold(input))  # type: ignore[misc,no-any-return]
+        return super().forward(self._sparsehooks_site.act(input))  # type: ignore[misc,no-any-return]
 
 
 class SparseOutput(Sparse):
@@ -65,7 +68,7 @@ class SparseOutput(Sparse):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The function's forward, made sparse."""
-        return self._sparsehooks_site.threshold(super().forward(input))  # type: ignore[misc]
+        return self._sparsehooks_site.act(super().forward(input))  # type: ignore[misc]
 
 
 class MixedFunction(Sparse):

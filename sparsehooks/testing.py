@@ -332,17 +332,26 @@ def _check_activation(component: ComponentBase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         values = _normal(4, 5, 16, dtype=dtype)
         kept, zeros = values.clone(), []
+        makes_zeros = function or activation.calibrated == "sparsity"
         before = torch.nn.functional.silu(values) if function else None
         for amount in (0.0, 0.25, 0.5, 1.0):
             sparse = activation.apply(values, amount, before)
             assert sparse.shape == values.shape, "apply() must keep the shape"
             assert sparse.dtype == dtype, f"apply() must keep the dtype {dtype}, got {sparse.dtype}"
             zeros.append(int((sparse == 0).sum()))
-            if activation.calibrated:
+            if activation.calibrated == "sparsity":
                 assert bool((sparse[values.abs() <= amount] == 0).all()), "apply() must make zeros up to the threshold"
+            if not makes_zeros:
+                again = activation.apply(sparse, amount)
+                assert _same(again, sparse), "apply() must put values on a grid, where they stay"
         assert _same(values, kept), "apply() must leave the values as they are"
-        assert zeros[-1] == max(zeros), "apply() must not make fewer zeros for a larger amount"
-        assert zeros[-1] > 0, "apply() must make zeros"
+        if makes_zeros:
+            assert zeros[-1] == max(zeros), "apply() must not make fewer zeros for a larger amount"
+            assert zeros[-1] > 0, "apply() must make zeros"
+        if activation.calibrated == "range":
+            magnitudes = values.float().abs()
+            reach = activation.reach(magnitudes.flatten().sort().values, magnitudes.amax(dim=(1, 2)))
+            assert 0 <= reach < float("inf"), f"reach() must not be negative, got {reach}"
         if function:
             assert _same(activation.apply(values, 0.0, before), cast(Any, before)), "share 0 must change nothing"
             module = activation.replacement()

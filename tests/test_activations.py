@@ -71,7 +71,7 @@ def out(model, batch=None):
     return model.eval()(**(batch or batches(1, seed=9)[0]))[0]
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [*MADE, "int4", "int8", "static_int8", "pact"])
 def test_the_components_keep_their_contract(name):
     check_component(sparsehooks.PluginManager().catalog, "activation", name)
 

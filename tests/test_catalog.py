@@ -96,7 +96,7 @@ def test_a_shorthand_that_can_mean_two_things_is_an_error():
     [
         ("criterion", "magnitud", "did you mean 'magnitude'?"),
         ("schedule", "cubik", "did you mean 'cubic'?"),
-        ("quantizer", "zzz", "known: int8"),
+        ("quantizer", "zzz", "known: apot, int, kmeans, lsq, nf4"),
         ("pattern", "zzz", "known: block, channel, column, head, layer, n:m, row, unstructured"),
     ],
 )
@@ -165,7 +165,13 @@ def test_records_come_by_kind_and_then_by_name():
     keys = [(list(KINDS).index(record.component.kind), record.component.name) for record in records]
     assert keys == sorted(keys)
     assert {kind for kind, _ in itertools.groupby(record.component.kind for record in records)} == set(KINDS)
-    assert [record.component.name for record in catalog().records("quantizer")] == ["int8"]
+    assert [record.component.name for record in catalog().records("quantizer")] == [
+        "apot",
+        "int",
+        "kmeans",
+        "lsq",
+        "nf4",
+    ]
 
 
 def test_create_gives_the_component_with_its_default_options():

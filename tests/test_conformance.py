@@ -252,62 +252,66 @@ class Soft(Activation):
     """Makes values smaller, and none of them zero."""
 
     place = "input"
-    calibrated = True
+    calibrated = "sparsity"
 
     def apply(self, values, amount, before=None):
         return values / 2
 
 
-class Truncating(Quantizer):
+class Rounded(Quantizer):
+    """Whole numbers."""
+
+    def grid(self, weight):
+        return {}
+
+    def quantize(self, weight, grid):
+        return weight.detach().round().to(torch.int32)
+
+    def dequantize(self, codes, grid, dtype):
+        return codes.to(dtype)
+
+
+class Halving(Rounded):
     """Halves the weight, so that a second application halves it again."""
 
-    def fake_quantize(self, weight):
-        return weight / 2
-
-    def pack(self, weight):
-        return {"half": weight / 2}
-
-    def unpack(self, parts, dtype):
-        return parts["half"].to(dtype)
+    def dequantize(self, codes, grid, dtype):
+        return (codes / 2).to(dtype)
 
 
-class Dead(Quantizer):
+class Dead(Rounded):
     """Rounds without a straight-through gradient."""
 
-    def fake_quantize(self, weight):
-        return weight.round()
-
-    def pack(self, weight):
-        return {"codes": weight.round()}
-
-    def unpack(self, parts, dtype):
-        return parts["codes"].to(dtype)
+    def fake_quantize(self, weight, grid=None):
+        return weight.round() + 0.0
 
 
-class TwoRoundings(Quantizer):
+class TwoRoundings(Rounded):
     """Trains on another grid than it stores."""
 
-    def fake_quantize(self, weight):
-        return weight.detach().round() + (weight - weight.detach())
-
-    def pack(self, weight):
-        return {"codes": weight.detach().trunc()}
-
-    def unpack(self, parts, dtype):
-        return parts["codes"].to(dtype)
+    def fake_quantize(self, weight, grid=None):
+        return weight.detach().trunc() + (weight - weight.detach())
 
 
-class OffsetGrid(Quantizer):
+class OffsetGrid(Rounded):
     """A grid without zero."""
 
-    def fake_quantize(self, weight):
-        return weight.detach().floor() + 0.5 + (weight - weight.detach())
+    def dequantize(self, codes, grid, dtype):
+        return (codes + 0.5).to(dtype)
 
-    def pack(self, weight):
-        return {"codes": weight.detach().floor()}
 
-    def unpack(self, parts, dtype):
-        return (parts["codes"] + 0.5).to(dtype)
+class Lost(Rounded):
+    """Learns what its grid does not have."""
+
+    learned = ("scales",)
+
+
+class Barren(Rounded):
+    """Learns a scale to which no gradient comes."""
+
+    learned = ("scales",)
+
+    def grid(self, weight):
+        return {"scales": torch.ones(1)}
 
 
 class Mean(Distiller):
@@ -478,10 +482,12 @@ WRONG = {
     Backward: "left to right",
     Unfaithful: "zero what the mask takes",
     Soft: "up to the threshold",
-    Truncating: "twice",
+    Halving: "twice",
     Dead: "gradient that is not zero",
     TwoRoundings: "bit for bit",
     OffsetGrid: "zero must stay zero",
+    Lost: "'learned' names",
+    Barren: "pass a gradient to 'scales'",
     Mean: "unreduced",
     PerSample: "one value for each of 18 items",
     Detached: "pass a gradient",

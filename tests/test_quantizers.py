@@ -10,7 +10,6 @@ import torch
 from sparsehooks.builtin.quantizers.kmeans import KMeans, Options as KMeansOptions, clusters
 from sparsehooks.builtin.quantizers.levels import NF4, APoT, APoTOptions, NF4Options
 from sparsehooks.builtin.quantizers.lsq import Lsq, Options as LsqOptions
-from sparsehooks.builtin.quantizers.pact import Options as PactOptions, Pact
 from sparsehooks.builtin.quantizers.uniform import Options, Uniform
 from sparsehooks.grids import Steps, significant
 from sparsehooks.plugins import PluginManager
@@ -191,18 +190,6 @@ def test_where_a_learned_scale_starts():
     assert scales[2] == 1
 
 
-def test_the_gradient_of_pact():
-    quantizer = Pact(PactOptions(4, start=1.0))
-    inputs = torch.tensor([[-1.0, 0.0, 0.2, 0.99, 1.0, 3.0]], requires_grad=True)
-    grid = {"alpha": torch.ones(1, 1, requires_grad=True)}
-    upstream = torch.arange(1.0, 7.0)[None]
-    found = quantizer.fake_quantize(inputs, grid)
-    found.backward(upstream)
-    torch.testing.assert_close(found.detach() * 15, torch.tensor([[0.0, 0, 3, 15, 15, 15]]), rtol=0, atol=1e-3)
-    assert inputs.grad.tolist() == [[0, 0, 3, 4, 0, 0]]
-    assert grid["alpha"].grad.item() == 5 + 6
-
-
 # ------------------------------------------------------------------------------------------------------------- k-means
 
 
@@ -326,7 +313,6 @@ def test_a_scale_of_nf4_is_the_largest_of_its_block(double):
         (lambda: KMeansOptions(0), "'bits' = 0 is outside 1 to 8"),
         (lambda: NF4Options(0), "'block' = 0"),
         (lambda: APoTOptions(learning_rate=-1.0), "'learning_rate' = -1.0"),
-        (lambda: PactOptions(start=0.0), "'start' = 0.0 is not positive"),
     ],
 )
 def test_bad_options_are_said(make, said):
@@ -334,6 +320,6 @@ def test_bad_options_are_said(make, said):
         make()
 
 
-@pytest.mark.parametrize("name", ["int2", "int4", "int8", "lsq", "kmeans", "nf4", "apot", "pact"])
+@pytest.mark.parametrize("name", ["int2", "int4", "int8", "lsq", "kmeans", "nf4", "apot"])
 def test_they_keep_their_contract(name):
     check_component(PluginManager(autoload=False).catalog, "quantizer", name)

@@ -99,8 +99,10 @@ def compress(
 
 
 def _has_threshold(stage: PlannedStage) -> bool:
-    """Whether a stage makes activations sparse by thresholds, which calibration finds."""
-    return isinstance(stage.stage, ActivationStage) and cast(Activation, stage.components["activation"].cls).calibrated
+    """Whether a stage fits something to the activations that it sees."""
+    if not isinstance(stage.stage, ActivationStage):
+        return False
+    return cast(Activation, stage.components["activation"].cls).calibrated is not None
 
 
 def _needs_training(stage: PlannedStage) -> str | None:

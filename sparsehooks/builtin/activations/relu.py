@@ -17,7 +17,7 @@ class ReLU(Activation):
     place = "function"
     hidden_act = "relu"
 
-    def apply(self, values: Tensor, amount: float, before: Tensor | None = None) -> Tensor:
+    def apply(self, values: Tensor, amount: float | Tensor, before: Tensor | None = None) -> Tensor:
         """The mix of both."""
         if amount == 1.0 or before is None:
             return values.relu()

@@ -33,13 +33,13 @@ class Threshold(Activation):
 
     Config = Options
     config: Options
-    calibrated = True
+    calibrated = "sparsity"
 
     def batches(self) -> int:
         """As the option says."""
         return self.config.batches
 
-    def apply(self, values: Tensor, amount: float, before: Tensor | None = None) -> Tensor:
+    def apply(self, values: Tensor, amount: float | Tensor, before: Tensor | None = None) -> Tensor:
         """The values with zeros; ``amount`` is the threshold."""
         return values.masked_fill(values.abs() <= amount, 0.0)
 

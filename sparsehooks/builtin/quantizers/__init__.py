@@ -14,6 +14,5 @@ def register_components(registry: Registry) -> None:
         ("kmeans", "kmeans:KMeans", "few shared values, found by k-means and trained on", None),
         ("nf4", "levels:NF4", "16 quantiles of a normal distribution, scaled by blocks", None),
         ("apot", "levels:APoT", "sums of powers of two, with a learned scale", None),
-        ("pact", "pact:Pact", "activations clipped at a learned level", None),
     ):
         registry.add(Component("quantizer", name, f"sparsehooks.builtin.quantizers.{target}", summary, shorthand))
