@@ -116,7 +116,7 @@ class _Stage:
         if self.counts is None:
             self.counts = self.masks.counts(replace(self.pruner, criterion=_Size()), 0, 1.0)
         left = list(self.targets)
-        for name in block_lists(self.model, self.targets):
+        for name in block_lists(self.batches, self.targets):
             mine = [target for target in left if _inside(target, name)]
             try:
                 walk = Blocks(self.batches, name)
@@ -179,7 +179,7 @@ class _Stage:
         if Need.INFLUENCE in self.needs:
             for known in self.known.values():
                 known["influence"] = 0.0
-            for name in block_lists(self.model, self.targets):
+            for name in block_lists(self.batches, self.targets):
                 walk = Blocks(self.batches, name)
                 for block in range(len(walk.blocks)):
                     outputs = walk.run(block)
@@ -220,24 +220,7 @@ class _Stage:
         """Layers outside of blocks, in the order in which they run, each by a forward of its own over all batches."""
         if not targets:
             return
-        order: dict[str, int] = {}
-
-        def noting(name: str) -> Callable[..., None]:
-            def note(*_: Any) -> None:
-                order.setdefault(name, len(order))
-
-            return note
-
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(noting(name))
-            for target in targets
-            for name in target.modules
-        ]
-        try:
-            self.batches.forward(0)
-        finally:
-            for handle in handles:
-                handle.remove()
+        order = self.batches.order(name for target in targets for name in target.modules)
         for target in sorted(targets, key=lambda t: min(order.get(name, len(order)) for name in t.modules)):
             if Need.INFLUENCE in self.needs:
                 self.known[target.parameter]["influence"] = 0.0
