@@ -469,6 +469,15 @@ def test_what_grows_leaves_the_rows_even(grow):
     assert seen == {6}
 
 
+def test_what_never_grows_is_said_at_the_start():
+    schedules = [{"use": "constant", "every": 20}, {"use": "cubic", "start": 5, "every": 15}, {"use": "oneshot"}]
+    for schedule in schedules:
+        with pytest.warns(UserWarning, match=r"'grow' finds no update between the first at step \d+ and the end"):
+            train(net(), recipe(sparsity=0.5, schedule=schedule, grow="random"))
+    schedule = {"use": "constant", "every": 20}  # the last update is one
+    train(net(), recipe(sparsity=0.5, schedule=schedule, grow={"use": "random", "schedule": "constant"}))
+
+
 def test_an_earlier_state_takes_back_what_came_later():
     states = {}
 
