@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,24 @@ class Batches:
             for index in range(len(self)):
                 self.forward(index)
 
+    def order(self, names: Iterable[str]) -> dict[str, int]:
+        """The place of each module in the order in which a forward first calls them; without those it does not call."""
+        order: dict[str, int] = {}
+
+        def noting(name: str) -> Callable[..., None]:
+            def note(*_: Any) -> None:
+                order.setdefault(name, len(order))
+
+            return note
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(noting(name)) for name in names]
+        try:
+            self.forward(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return order
+
     def padding(self, index: int) -> Padding:
         """Which tokens of a batch are real."""
         batch = self._batches[index]
@@ -90,15 +108,15 @@ def _moved(value: Any, device: torch.device) -> Any:
 def measuring(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, and without caches of keys and values."""
     training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
+    configs = (getattr(module, "config", None) for module in model.modules())  # a decoder has one of its own
+    caching: list[Any] = [config for config in configs if getattr(config, "use_cache", None) is True]
     model.eval()
     try:
-        if cached:
-            config.use_cache = False  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
-        if cached:
-            config.use_cache = cached  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
         for module in training:
             module.training = True

@@ -154,7 +154,7 @@ class _Stage:
         if Need.INFLUENCE in self.needs:
             for known in self.known.values():
                 known["influence"] = 0.0
-            for name in block_lists(self.model, self.targets):
+            for name in block_lists(self.batches, self.targets):
                 walk = Blocks(self.batches, name)
                 for block in range(len(walk.blocks)):
                     outputs = walk.run(block)

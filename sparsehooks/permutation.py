@@ -49,7 +49,7 @@ def permute_channels(model: nn.Module, targets: Iterable[Target], n: int, m: int
         if not readers or not alone:
             continue
         read = [matrix(model, w.parameter).narrow(1, w.offset, coupling.units) for w in readers]
-        magnitude = torch.cat([part.abs().float() for part in read])
+        magnitude = torch.cat([part.abs().float().to(read[0].device) for part in read])
         order = best_order(magnitude, n, m, seed)
         before = float(_kept(magnitude.T.reshape(-1, m, len(magnitude)), n).sum())
         after = float(_kept(magnitude[:, order].T.reshape(-1, m, len(magnitude)), n).sum())

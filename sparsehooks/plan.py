@@ -376,22 +376,34 @@ def _emptied(
     planned: PlannedStage, pattern: Pattern, stage: PruneStage, targets: list[Target], overrides: Mapping[str, float]
 ) -> list[str]:
     """The layers of which nothing would be left, where the shapes alone tell; an update sees the others."""
-    if not stage.sparsity or pattern.share() < 1.0 or "allocation" not in planned.components:
+    if stage.sparsity is None or pattern.share() < 1.0 or "allocation" not in planned.components:
         return []
     import torch
 
     allocation = cast(Allocation, planned.components["allocation"].create())
-    shapes = {t.parameter: torch.empty(t.matrix_shape, device="meta") for t in targets if t.parameter not in overrides}
+    shapes = {target.parameter: torch.empty(target.matrix_shape, device="meta") for target in targets}
     try:
         with attributed(planned.components["pattern"].record):
             units = pattern.units(shapes)
-        sizes = {key: tuple(unit.shape) for key, unit in units.items()}
-        with attributed(planned.components["allocation"].record):
-            names = [name for name, count in allocation.keep(units, sizes, stage.sparsity).items() if count == 0]
     except (RuntimeError, TypeError):  # it reads the scores, and meta tensors have none
         return []
-    where = f"{planned.path}.sparsity: at {stage.sparsity:g} nothing of"
-    return [f"{where} {_some(names)} would be left; lower it or exclude the layer"] if names else []
+    own: dict[float, list[str]] = {}
+    for name, sparsity in overrides.items():
+        if round(sparsity * units[name].numel()) == units[name].numel():
+            own.setdefault(sparsity, []).append(name)
+    advice = "would be left; lower it or exclude the layer"
+    problems = [f"{planned.path}.overrides: at {at:g} nothing of {_some(names)} {advice}" for at, names in own.items()]
+    rest = {key: unit for key, unit in units.items() if key not in overrides}
+    if not rest:
+        return problems
+    try:
+        with attributed(planned.components["allocation"].record):
+            counts = allocation.keep(rest, {key: tuple(u.shape) for key, u in rest.items()}, stage.sparsity)
+    except (RuntimeError, TypeError):  # likewise
+        return problems
+    if names := [name for name, count in counts.items() if count == 0]:
+        problems.append(f"{planned.path}.sparsity: at {stage.sparsity:g} nothing of {_some(names)} {advice}")
+    return problems
 
 
 def _some(names: list[str]) -> str:
@@ -427,11 +439,13 @@ def _moments(plan: Plan) -> list[str]:
             problems.append(f"{planned.path}.schedule: acts until step {last}, but the run has {total} steps")
         elif hasattr(schedule.config, "end") and last <= first:
             problems.append(f"{planned.path}.schedule: ends at step {last} before it starts at step {first}")
-        elif (back := schedule.rewind(total)) is not None and back >= last:
-            problems.append(
-                f"{planned.path}.schedule: 'rewind' is step {back}, and the last round ends at step {last}; "
-                "name an earlier step"
-            )
+        elif (back := schedule.rewind(total)) is not None:
+            ends = next((step for step in range(first + 1, last) if schedule.due(step, total)), last)
+            if back >= ends:
+                problems.append(
+                    f"{planned.path}.schedule: 'rewind' is step {back}, and the first round ends at step {ends}; "
+                    "name an earlier step"
+                )
     return problems
 
 

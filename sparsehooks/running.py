@@ -82,6 +82,8 @@ class PruneRun:
             self._pruner.pattern.couple(run.model, stage.targets)
             if new:
                 self._pruner.pattern.arrange(run.model, stage.targets, seed_of(run.masks.seed, stage.index, "arrange"))
+        if new:
+            self._check_growth()
         criterion = self._pruner.criterion
         for target in stage.targets:
             with attributed(stage.components["prune"].record):
@@ -200,10 +202,29 @@ class PruneRun:
             return run.masks.step_back(self._stage.index)
         if run.calibration is not None and (self._stage.components.get("solver") or pruner.needs):
             return run.calibration.prune(run.masks, pruner, run.on_grid)
-        progress = 1.0 if moment >= last else (moment - first) / (last - first)
-        growth = 0.0 if pruner.recipe.grow is None else pruner.recipe.grow.share(progress)
         self._rewinds = first < moment < last
-        return run.masks.update(pruner, step, share, self._evidence, growth=growth)
+        return run.masks.update(pruner, step, share, self._evidence, growth=self._growth(moment))
+
+    def _growth(self, moment: int) -> float:
+        """The part of what stays that gives way to others in an update at ``moment`` of the window."""
+        grow = self._pruner.recipe.grow
+        if grow is None:
+            return 0.0
+        first, last = self._schedule.window(self._run.total_steps)
+        return grow.share(1.0 if moment >= last else (moment - first) / (last - first))
+
+    def _check_growth(self) -> None:
+        """Warn if nothing ever grows: the first update only prunes, and a fraction that falls is zero in the last."""
+        if self._pruner.recipe.grow is None:
+            return
+        total = self._run.total_steps
+        first, last = self._schedule.window(total)
+        if not any(self._schedule.due(step, total) and self._growth(step) for step in range(first + 1, last + 1)):
+            warnings.warn(
+                f"{self._stage.label}: 'grow' finds no update between the first at step {first} and the end at step "
+                f"{last}; lower the schedule's 'every', or train longer",
+                stacklevel=2,
+            )
 
     def _penalize(self, step: int) -> None:
         learned = {target.parameter: self._learned(target) for target in self._stage.targets}

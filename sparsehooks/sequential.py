@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsehooks.batches import Batches
@@ -64,7 +63,7 @@ def in_order(batches: Batches, targets: Sequence[Target], visit: Visit, needs: C
         IrregularBlocksError: if the influence is wanted of blocks that cannot run one after the other.
     """
     left = list(targets)
-    for name in block_lists(batches.model, targets):
+    for name in block_lists(batches, targets):
         mine = [target for target in left if inside(target, name)]
         try:
             walk = Blocks(batches, name)
@@ -74,7 +73,8 @@ def in_order(batches: Batches, targets: Sequence[Target], visit: Visit, needs: C
             continue
         left = [target for target in left if target not in mine]
         _blocks(walk, mine, visit, needs)
-    for target in _as_they_run(batches, left):
+    order = batches.order(name for target in left for name in target.modules) if left else {}
+    for target in sorted(left, key=lambda t: min(order.get(name, len(order)) for name in t.modules)):
         evidence = collect(batches, [target], needs)
         visit([target], {name: {"influence": 0.0, **found} for name, found in evidence.items()}, None)
 
@@ -100,28 +100,3 @@ def _blocks(walk: Blocks, targets: Sequence[Target], visit: Visit, needs: Collec
             visit(mine, evidence, Rerun(walk, block))
         if block < last:
             walk.advance(walk.run(block))
-
-
-def _as_they_run(batches: Batches, targets: Sequence[Target]) -> list[Target]:
-    if not targets:
-        return []
-    order: dict[str, int] = {}
-
-    def noting(name: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            order.setdefault(name, len(order))
-
-        return note
-
-    handles = [
-        batches.model.get_submodule(name).register_forward_pre_hook(noting(name))
-        for target in targets
-        for name in target.modules
-    ]
-    try:
-        with torch.no_grad():
-            batches.forward(0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sorted(targets, key=lambda t: min(order.get(name, len(order)) for name in t.modules))

@@ -7,6 +7,7 @@ and ``resize`` applies a description to a model that was made of the config, bef
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -69,7 +70,12 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     with torch.no_grad():
         depths = _cut_layers(model, masks)
         couplings = [coupling for kind in ("head", "channel") for coupling in find_couplings(model, kind)[0]]
-        _cut(model, masks, couplings)
+        if not _cut(model, masks, couplings) and not depths:
+            warnings.warn(
+                "shrink has cut nothing: no block, head or channel is masked as a whole; prune with a pattern such as "
+                "'channel' before it",
+                stacklevel=2,
+            )
     layers = {**getattr(model, MARK, {}), **depths}
     for module in model.modules():
         if module is not model and isinstance(module, PreTrainedModel):
@@ -142,7 +148,8 @@ def _rename(masks: dict[str, Tensor], container: str, numbers: Mapping[int, int]
 # ------------------------------------------------------------------------------------------- heads and channels
 
 
-def _cut(model: nn.Module, masks: Mapping[str, Tensor], couplings: list[Coupling]) -> None:
+def _cut(model: nn.Module, masks: Mapping[str, Tensor], couplings: list[Coupling]) -> bool:
+    """Cut what is gone; whether anything was."""
     keep: dict[tuple[str, int], Tensor] = {}
     for coupling in couplings:
         gone = _gone(model, masks, coupling)
@@ -163,6 +170,7 @@ def _cut(model: nn.Module, masks: Mapping[str, Tensor], couplings: list[Coupling
             setattr(model.get_submodule(module), attribute, int((~gone).sum()) * amount)
     for (name, dim), kept in keep.items():
         _narrow(model, name, dim, kept.nonzero().flatten())
+    return bool(keep)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

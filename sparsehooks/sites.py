@@ -93,7 +93,7 @@ def put(module: Any, site: Site) -> None:
     take(module)
     cls, effective = own(module)
     made: Any = _made(MIXINS[site.component.place], cls)  # type: ignore[arg-type]
-    module.__class__ = swapping._swapped(made) if effective else made
+    module.__class__ = swapping.effective_class(made) if effective else made
     module._sparsehooks_site = site
 
 
@@ -105,7 +105,7 @@ def take(module: nn.Module) -> Site | None:
     cls, effective = own(swapped)
     original: Any = inner(cls)
     site = module._sparsehooks_site
-    swapped.__class__ = swapping._swapped(original) if effective else original
+    swapped.__class__ = swapping.effective_class(original) if effective else original
     del swapped._sparsehooks_site
     return site
 

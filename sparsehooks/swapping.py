@@ -105,7 +105,7 @@ def swap(model: nn.Module, target: Target, step: Step, transform: Transform) -> 
     for name in target.modules:
         module: Any = model.get_submodule(name)
         if not isinstance(module, EffectiveWeight):
-            module.__class__ = _swapped(type(module))  # type: ignore[arg-type]
+            module.__class__ = effective_class(type(module))  # type: ignore[arg-type]
             module._sparsehooks_transforms = {}
             module._sparsehooks_target = target
         module._sparsehooks_transforms[step] = transform
@@ -132,7 +132,8 @@ def unswap(model: nn.Module, target: Target) -> None:
 
 
 @functools.cache
-def _swapped(cls: type[nn.Module]) -> type[nn.Module]:
+def effective_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a layer's class that computes with effective weights."""
     return type(f"Effective{cls.__name__}", (EffectiveWeight, cls), {})
 
 

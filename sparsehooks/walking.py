@@ -110,13 +110,14 @@ class Blocks:
 _HIDDEN = object()
 
 
-def block_lists(model: nn.Module, targets: Iterable[Target]) -> list[str]:
-    """The outermost module lists that hold targets, the longest first."""
+def block_lists(batches: Batches, targets: Iterable[Target]) -> list[str]:
+    """The outermost module lists that hold targets, in the order in which they run: an encoder before its decoder."""
     names = [name for target in targets for name in target.modules]
-    lists = {
-        name: len(module)
-        for name, module in model.named_modules()
+    lists = [
+        name
+        for name, module in batches.model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1 and any(n.startswith(f"{name}.") for n in names)
-    }
+    ]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return sorted(outer, key=lambda name: -lists[name])
+    order = batches.order(f"{name}.0" for name in outer) if len(outer) > 1 else {}
+    return sorted(outer, key=lambda name: order.get(f"{name}.0", len(order)))

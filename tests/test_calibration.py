@@ -75,7 +75,7 @@ def test_padding_does_not_count_and_query_key_and_value_share():
 def test_blocks_give_what_the_model_gives(build):
     model = build()
     targets, _ = find(model, ["Linear"], EXCLUDE)
-    names = block_lists(model, targets)
+    names = block_lists(Batches(model, batches()), targets)
     assert len(names) == 1
     expected = []
     with measuring(model), torch.no_grad():
@@ -107,6 +107,25 @@ def test_the_decoder_has_a_padding_of_its_own():
     for name, moments in collector._moments.items():
         from_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
         assert moments.tokens == (11 if from_encoder else 14), name
+
+
+def test_an_encoder_is_walked_before_a_longer_decoder(monkeypatch):
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=2, num_decoder_layers=3)).eval()
+    ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    model.encoder = model._modules.pop("encoder")  # neither the length nor the place in the model decides
+    walked, build = [], Blocks.__init__
+
+    def noting(self, runs, name):
+        walked.append(name)
+        build(self, runs, name)
+
+    monkeypatch.setattr(Blocks, "__init__", noting)
+    data = [{"input_ids": ids, "decoder_input_ids": ids}]
+    compress(model, {"stage": [{**WANDA, "exclude": ["lm_head"]}]}, calibration=data)
+    assert walked == ["encoder.block", "decoder.block"]
+    assert model.config.use_cache
+    assert model.decoder.config.use_cache
 
 
 @pytest.mark.parametrize("first", ["left", "scattered"])

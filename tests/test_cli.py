@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 import sparsehooks as library
 from sparsehooks.cli import main
+from sparsehooks.recipe import named_recipes
 
 RECIPE = """
 [[stage]]
@@ -215,6 +216,11 @@ def test_no_room_on_disk_leaves_nothing(folder, tmp_path):
 
 def test_recipes_are_listed_and_printed(inside):
     rows = json.loads(inside("recipes", "--json").out)
+    for row in rows:
+        comment, following = named_recipes()[row["name"]].read_text().splitlines()[:2]
+        assert comment == f"# {row['what']}"
+        assert row["what"].endswith(".")
+        assert not following.startswith("#")
     assert {"rigl", "wanda", "movement"} <= {row["name"] for row in rows}
     assert 'grow = { use = "gradient"' in inside("recipes", "rigl").out
     assert "did you mean 'rigl'" in inside("recipes", "rigll", status=2).err

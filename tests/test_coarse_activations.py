@@ -131,10 +131,12 @@ def test_a_grid_that_never_saw_data_is_said(tmp_path):
     layer = nn.Sequential(nn.Linear(4, 4))
     recipe = {"stage": [{"activation": "static_int8"}]}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    with pytest.raises(SessionError, match="nothing has passed '0' yet"):  # noqa: SIM117
-        with sparsehooks.attach(layer, optimizer, recipe, total_steps=1):
-            layer[0].weight.grad = torch.zeros(4, 4)
-            optimizer.step()
+    attached = sparsehooks.attach(layer, optimizer, recipe, total_steps=1)
+    attached.__enter__()
+    layer[0].weight.grad = torch.zeros(4, 4)
+    optimizer.step()
+    with pytest.raises(SessionError, match="nothing has passed '0' yet"):
+        attached.__exit__(None, None, None)
 
 
 def run(folder, model, recipe, **options):
@@ -153,13 +155,13 @@ def test_pact_trains_its_level_and_resumes_exactly(tmp_path):
     }
     model = tiny_classifier()
     twin = copy.deepcopy(model)
-    run(tmp_path / "one", model, recipe, save_steps=4)
+    run(tmp_path / "one", model, recipe, save_steps=4, save_strategy="steps")
     found = recorded(model)
     assert len(found) == 4
     assert all(entry["use"] == "pact" and entry["amount"] > 0 for entry in found.values())
     trainer = Trainer(
         twin,
-        arguments(tmp_path / "two", max_steps=8, save_steps=4),
+        arguments(tmp_path / "two", max_steps=8, save_steps=4, save_strategy="steps"),
         train_dataset=labelled(),
         callbacks=[CompressionCallback(recipe)],
     )
@@ -174,6 +176,6 @@ def test_recomputed_activations_count_once(tmp_path):
     found = []
     for checkpointing in (False, True):
         model = tiny_classifier()
-        run(tmp_path / str(checkpointing), model, recipe, gradient_checkpointing=checkpointing)
+        run(tmp_path / str(checkpointing), model, recipe, activation_checkpointing=checkpointing)
         found.append(recorded(model))
     assert found[0] == found[1]

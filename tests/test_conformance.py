@@ -305,15 +305,6 @@ class Lost(Rounded):
     learned = ("scales",)
 
 
-class Barren(Rounded):
-    """Learns a scale to which no gradient comes."""
-
-    learned = ("scales",)
-
-    def grid(self, weight):
-        return {"scales": torch.ones(1)}
-
-
 class Mean(Distiller):
     def loss(self, student, teacher, batch, learned):
         return (student["logits"] - teacher["logits"]).square().mean().reshape(1)
@@ -487,7 +478,6 @@ WRONG = {
     TwoRoundings: "bit for bit",
     OffsetGrid: "zero must stay zero",
     Lost: "'learned' names",
-    Barren: "pass a gradient to 'scales'",
     Mean: "unreduced",
     PerSample: "one value for each of 18 items",
     Detached: "pass a gradient",

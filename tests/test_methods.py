@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from sparsehooks.builtin.regularizers.lasso import GroupLasso, Options as LassoO
 from sparsehooks.builtin.schedules.feedback import Feedback
 from sparsehooks.builtin.schedules.rounds import Constant, Iterative, Rounds
 from sparsehooks.masks import select
+from sparsehooks.plugins import installed_catalog
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -73,6 +75,20 @@ def test_products_of_the_gradient_do_not_vanish_in_float16():
 def test_options_that_are_no_numbers_or_negative_are_named(options, name, value):
     with pytest.raises(ValueError, match=f"'{name}' = {value} is not"):
         options(**{name: value})
+
+
+def test_no_component_takes_an_option_that_is_not_a_number():
+    found = []
+    for record in installed_catalog().records():
+        config = record.load().Config
+        for name, hint in get_type_hints(config).items():
+            if float not in (hint, *get_args(hint)):
+                continue
+            found.append((record.component.name, name))
+            for value in (math.nan, -1.0):
+                with pytest.raises(ValueError, match=f"'{name}' = {value} "):
+                    config(**{name: value})
+    assert len(found) > 20
 
 
 def test_snip_is_the_gradient_of_the_mask():

@@ -323,10 +323,10 @@ def test_overrides_leave_the_budget():
 
 
 def test_a_layer_that_its_override_empties_is_named():
-    with pytest.raises(
-        SessionError, match=r"nothing of '2.weight' would be left .*; lower its sparsity in 'overrides'"
-    ):
-        train(net(), recipe(sparsity=0.8, allocation="uniform", overrides={"2": 0.999}), steps=2)
+    said = r"recipe.stage\[0\].overrides: at 0.999 nothing of '2.weight' would be left; lower it or exclude the layer"
+    for targets in (["2"], ["Linear"]):
+        with pytest.raises(PlanError, match=said):
+            train(net(), recipe(sparsity=0.8, targets=targets, overrides={"2": 0.999}), steps=2)
 
 
 def test_an_override_that_matches_nothing_is_named():
@@ -398,8 +398,8 @@ def test_proximal_l1_is_soft_thresholding_under_adam():
             "reaches the sparsity 0.5904 in 4 rounds at 'rate' = 0.2, not 0.5; use rate = 0.1591",
         ),
         (
-            {"prune": "magnitude", "sparsity": 0.6723, "schedule": {"use": "iterative", "end": 8, "rewind": 8}},
-            "'rewind' is step 8, and the last round ends at step 8",
+            {"prune": "magnitude", "sparsity": 0.6723, "schedule": {"use": "iterative", "end": 8, "rewind": 2}},
+            "'rewind' is step 2, and the first round ends at step 2; name an earlier step",
         ),
         (
             {"prune": "magnitude", "sparsity": 0.8, "schedule": {"use": "iterative", "every": 2}},
@@ -467,6 +467,15 @@ def test_what_grows_leaves_the_rows_even(grow):
     pattern = {"use": "unstructured", "per": "row"}
     train(net(), recipe(sparsity=0.5, targets=["0"], pattern=pattern, schedule=CONSTANT, grow=grow), each=each)
     assert seen == {6}
+
+
+def test_what_never_grows_is_said_at_the_start():
+    schedules = [{"use": "constant", "every": 20}, {"use": "cubic", "start": 5, "every": 15}, {"use": "oneshot"}]
+    for schedule in schedules:
+        with pytest.warns(UserWarning, match=r"'grow' finds no update between the first at step \d+ and the end"):
+            train(net(), recipe(sparsity=0.5, schedule=schedule, grow="random"))
+    schedule = {"use": "constant", "every": 20}  # the last update is one
+    train(net(), recipe(sparsity=0.5, schedule=schedule, grow={"use": "random", "schedule": "constant"}))
 
 
 def test_an_earlier_state_takes_back_what_came_later():

@@ -91,7 +91,7 @@ class KMeans(Quantizer):
     @staticmethod
     def _assign(values: Tensor, codebook: Tensor) -> Tensor:
         centroids = codebook[1:]
-        codes = torch.bucketize(values.to(torch.float32), (centroids[1:] + centroids[:-1]) / 2) + 1
+        codes = torch.bucketize(values.to(torch.float32).contiguous(), (centroids[1:] + centroids[:-1]) / 2) + 1
         small = torch.uint8 if len(codebook) <= 256 else torch.int16
         return codes.masked_fill_(values == 0, 0).to(small)
 
