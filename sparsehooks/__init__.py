@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsehooks.artifact.convert import convert as convert
     from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
     from sparsehooks.artifact.write import save_pretrained as save_pretrained
+    from sparsehooks.backends import use_backend as use_backend
     from sparsehooks.catalog import Component as Component, Registry as Registry
     from sparsehooks.components import (
         Activation as Activation,
@@ -100,6 +101,7 @@ _HOME = {
     "artifact.convert": "convert",
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
+    "backends": "use_backend",
     "catalog": "Component Registry",
     "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
     "Regularizer Schedule Solver Support Window check_moment",

@@ -412,6 +412,7 @@ class Activation(ComponentBase):
         calibrated: what its amount is fitted to, on the values that it sees: the stage's ``sparsity`` (a threshold of
             their magnitudes) or their range (``reach``); None: nothing.
         learned: whether the amount trains, once it is fitted.
+        rounds: whether it puts values on a grid that is fitted while the model runs.
         hidden_act: how config.json calls what ``replacement`` gives.
     """
 
@@ -419,6 +420,7 @@ class Activation(ComponentBase):
     place: ClassVar[Literal["input", "output", "function"]]
     calibrated: ClassVar[Literal["sparsity", "range"] | None] = None
     learned: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     hidden_act: ClassVar[str | None] = None
 
     @abstractmethod
@@ -614,9 +616,14 @@ class Support:
 
 
 class Backend(ComponentBase):
-    """What runs a layer?"""
+    """What runs a layer?
+
+    Attributes:
+        rounds_inputs: whether it puts what enters a layer on an int8 grid, fitted while the layer runs.
+    """
 
     kind = "backend"
+    rounds_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, layer: nn.Module, device: torch.device) -> Support:
@@ -624,7 +631,10 @@ class Backend(ComponentBase):
 
     @abstractmethod
     def convert(self, layer: nn.Module) -> nn.Module:
-        """A layer with the same outputs that this backend runs; called only where ``supports`` says yes."""
+        """A layer with the same outputs (but for what rounding the inputs does) that this backend runs.
+
+        Called only where ``supports`` says yes. For inference only.
+        """
 
 
 KINDS: Mapping[str, type[ComponentBase]] = {

@@ -48,6 +48,7 @@ class Dynamic(Activation):
     Config = DynamicOptions
     config: DynamicOptions
     place = "input"
+    rounds = True
 
     def apply(self, values: Tensor, amount: float | Tensor, before: Tensor | None = None) -> Tensor:
         """From the schedule's start on."""

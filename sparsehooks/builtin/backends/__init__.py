@@ -8,5 +8,8 @@ from sparsehooks import Component, Registry, hookimpl
 @hookimpl
 def register_components(registry: Registry) -> None:
     """Offer them."""
-    for name, target, summary in (("dense", "dense:Dense", "torch, with the dense weight"),):
+    for name, target, summary in (
+        ("dense", "dense:Dense", "torch, with the dense weight"),
+        ("int8", "int8:Int8", "products of int8 weights and inputs rounded to 8 bits, on CPUs"),
+    ):
         registry.add(Component("backend", name, f"sparsehooks.builtin.backends.{target}", summary))

@@ -1,0 +1,80 @@
+"""Models whose layers a backend runs."""
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny_bert
+from torch import nn
+
+from sparsehooks import PlanError, PluginError, SessionError, compress, read_grid, save_pretrained, use_backend
+from sparsehooks.builtin.backends.int8 import STEPS, Int8Linear, has_vnni
+from sparsehooks.grids import Steps
+
+
+def batch():
+    return {"input_ids": torch.randint(1, 128, (3, 12), generator=torch.Generator().manual_seed(0))}
+
+
+def as_int8_does(layer, inputs):
+    """The products of whole numbers, exactly."""
+    steps = Steps(8 if has_vnni() else 7, symmetric=False)
+    low, high = inputs.min().clamp(max=0).double(), inputs.max().clamp(min=0).double()
+    scale = ((high - low) / steps.most).float().double()
+    zero = (-low / scale).round().clamp(0, steps.most)
+    codes = ((inputs.double() / scale).round() + zero).clamp(0, steps.most) - zero
+    grid = read_grid(layer.weight, STEPS)
+    whole = (layer.weight / grid["scales"]).round().double()
+    return (codes @ whole.t()) * scale * grid["scales"].flatten().double() + layer.bias.double()
+
+
+def test_int8_computes_with_the_codes():
+    layer = nn.Linear(64, 24)
+    compress(layer_model := nn.Sequential(layer), {"stage": [{"quantize": "int8"}]})
+    inputs = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    expected = as_int8_does(layer, inputs)
+    assert use_backend(layer_model, "int8") == {}
+    found = layer_model(inputs)
+    # a value on the edge of two codes may fall to either: a step of the input times the largest weight
+    assert float((found.double() - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_a_model_runs_nearly_the_same_and_cannot_be_saved(tmp_path):
+    model = tiny_bert().eval()
+    compress(model, {"stage": [{"quantize": "int8"}, {"activation": "int8"}]}, tmp_path / "saved")
+    with torch.no_grad():
+        before = model(**batch())[0]
+        stays = use_backend(model, "int8", exclude=["*pooler*"])
+        after = model(**batch())[0]
+    assert stays == {}
+    assert 0 < float((after - before).abs().max()) < 0.05
+    assert type(model.encoder.layer[0].output.dense) is Int8Linear, "the layer's own grid gives way"
+    assert type(model.pooler.dense).__name__ == "SparseLinear"
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(**batch())[0], after)
+    with pytest.raises(SessionError, match="runs as int8 and cannot be saved; save the model before use_backend"):
+        save_pretrained(model, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_threshold_stays():
+    model = tiny_bert().eval()
+    recipe = {"stage": [{"quantize": "int8"}, {"activation": "teal", "sparsity": 0.5}]}
+    compress(model, recipe, calibration=[batch()])
+    use_backend(model, "int8")
+    dense = model.encoder.layer[0].output.dense
+    assert isinstance(dense, Int8Linear)
+    assert dense._sparsehooks_site.use == "teal"
+    model(**batch())
+
+
+def test_what_cannot_run_is_told_and_stays():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    compress(model, {"stage": [{"quantize": "int8", "targets": ["0"]}]})
+    stays = use_backend(model, "int8")
+    assert stays == {"1": "its weight lies on no int8 grid of rows; quantize it by int8"}
+    assert type(model[1]) is nn.Linear
+    with pytest.raises(PlanError, match="'int8' can run none of the 1 layers; '0': its weight lies on no int8 grid"):
+        use_backend(nn.Sequential(nn.Linear(8, 8)), "int8")
+    with pytest.raises(PluginError, match="no plugin offers the backend 'int7'"):
+        use_backend(model, "int7")
