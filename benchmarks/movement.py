@@ -55,7 +55,8 @@ def read(path, tokenizer):
 def run(method, seed, arguments, train, dev, tokenizer):
     transformers.set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels=2)
-    recipe = {"stage": [{"prune": method, "sparsity": 1 - arguments.density, **STAGE}]}
+    criterion = {"use": "movement", "start": "magnitude", "learning_rate": 3e-3} if method == "movement" else method
+    recipe = {"stage": [{"prune": criterion, "sparsity": 1 - arguments.density, **STAGE}]}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,

@@ -14,7 +14,7 @@ from sparsehooks.builtin.allocations.owl import Owl
 from sparsehooks.builtin.criteria.calibrated import SparseGpt, Wanda
 from sparsehooks.builtin.criteria.l0 import L0, Options as GateOptions, open_probability
 from sparsehooks.builtin.criteria.lamp import Lamp
-from sparsehooks.builtin.criteria.movement import Movement, SoftMovement
+from sparsehooks.builtin.criteria.movement import Movement, Options as MovementOptions, SoftMovement
 from sparsehooks.builtin.criteria.obs import Obs, Options as FisherOptions
 from sparsehooks.builtin.criteria.sr_ste import Options as DecayOptions, SrSte
 from sparsehooks.builtin.patterns.tiles import Row
@@ -125,6 +125,15 @@ def test_movement_gives_its_scores_the_gradient_of_the_weight_times_the_weight()
     dense = upstream.T @ inputs
     assert torch.equal(scores.grad, dense * weight)
     assert torch.equal(weight.grad, dense * mask)
+
+
+def test_movement_may_start_at_the_magnitudes():
+    criterion = Movement(MovementOptions(start="magnitude"))
+    for weight in (normal(3, 4), torch.zeros(3, 4)):
+        scores = criterion.prepare(WeightView("w", weight, 0))["scores"]
+        mean = weight.abs().mean()
+        assert torch.equal(scores, weight.abs() / mean if mean else weight)
+    assert not Movement().prepare(WeightView("w", normal(3, 4), 0))["scores"].any()
 
 
 def test_soft_movement_pays_for_the_mean_of_its_scores():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ class Options:
 
     Attributes:
         learning_rate: of the scores.
+        start: where they start: at zero, as in the paper, or at the magnitudes of the weights, divided by their mean,
+            for runs too short to recover from the loss of large weights that have not moved yet.
     """
 
     learning_rate: float = 1e-2
+    start: Literal["zero", "magnitude"] = "zero"
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -30,16 +33,18 @@ class Options:
 class Movement(Criterion):
     """Learned scores that grow where training moves a weight away from zero (Sanh et al. 2020, arXiv:2005.07683).
 
-    Before the scores have moved, equal scores fall to the first weights: begin the schedule after some steps, or let
-    it ramp.
+    Before scores that start at zero have moved, the first weights win: begin the schedule after some steps.
     """
 
     Config: ClassVar[type] = Options
     acts = "forward"
 
     def prepare(self, view: WeightView) -> dict[str, Tensor]:
-        """Scores of zero."""
-        return {"scores": torch.zeros(view.weight.shape)}
+        """The scores as they start."""
+        if self.config.start == "zero":
+            return {"scores": torch.zeros(view.weight.shape)}
+        size = view.weight.detach().to(torch.float32).abs()
+        return {"scores": size / size.mean().clamp(min=torch.finfo(torch.float32).tiny)}
 
     def learning_rate(self) -> float:
         """As the options say."""
