@@ -51,7 +51,7 @@ def balances(
     groups: dict[int, list[Target]] = {}
     for target in targets:  # what shares its input shares what was collected of it
         groups.setdefault(evidence[target.parameter]["input_peak"].data_ptr(), []).append(target)
-    block = model.get_submodule(rerun.name)
+    block, before = model.get_submodule(rerun.name), rerun()
     for group in groups.values():
         if any(len(target.modules) > 1 for target in group):
             continue
@@ -60,8 +60,9 @@ def balances(
         for module in block.modules():
             if id(module) not in readers and _gives(module, width):
                 balance = Balance(model, module, group)
-                if _harmless(balance, width, rerun):
+                if _harmless(balance, width, rerun, before):
                     yield balance
+                    before = rerun()  # as it is with the new scales
                     break
 
 
@@ -73,9 +74,8 @@ def _gives(module: nn.Module, width: int) -> bool:
     return weight.shape == (width,) or (isinstance(module, nn.Linear) and len(weight) == width)
 
 
-def _harmless(balance: Balance, width: int, rerun: Rerun) -> bool:
+def _harmless(balance: Balance, width: int, rerun: Rerun, before: Tensor) -> bool:
     """Whether the block gives the same bits with other scales in between; the weights are as before afterwards."""
-    before = rerun()
     draws = torch.randint(-2, 3, (width,), generator=torch.Generator().manual_seed(0))
     factors = torch.exp2(draws.float()).to(before.device)
     balance.apply(factors)

@@ -54,8 +54,10 @@ class Moments:
         Raises:
             SessionError: nothing was seen, or values that are not finite.
         """
-        if self._sum is None or not self.tokens:
+        if self._sum is None:
             raise SessionError(f"no calibration batch reaches '{name}'; exclude it")
+        if not self.tokens:
+            raise SessionError(f"the calibration batches bring nothing but padding to '{name}'; give texts")
         check_finite(f"activations that enter '{name}', squared and summed,", self._sum, "look at the calibration data")
         mean = self._sum / self.tokens
         found = {"input_norm": (mean.diagonal().clamp(min=0) if self._wants_gram else mean).sqrt()}

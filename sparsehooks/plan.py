@@ -114,6 +114,7 @@ class Plan:
             PlanError: all problems together.
         """
         problems = require(recipe.requires)
+        problems += _foreign(model)
         stages = []
         for index, stage in enumerate(recipe.stages):
             planned = _bind(index, stage, manager, problems)
@@ -128,6 +129,16 @@ class Plan:
         if problems:
             raise PlanError(problems)
         return plan
+
+
+def _foreign(model: nn.Module | None) -> list[str]:
+    """Whether another library has quantized the model already: its weights are not what they seem."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    name = getattr(method, "value", method)
+    if config is None or name == "sparsehooks":
+        return []
+    return [f"the model is already quantized by '{name}'; start from the one it was made of"]
 
 
 KEYS = {
