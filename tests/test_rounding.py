@@ -272,7 +272,7 @@ def test_awq_takes_the_best_of_its_exponents():
     [
         (
             {"quantize": {"use": "int4", "per": "group", "group": 7}},
-            "32 input features do not divide by the group of 7",
+            "64 input features do not divide by the group of 7",
         ),
         ({"quantize": "int9"}, "no plugin offers the quantizer 'int9'"),
         ({"quantize": {"use": "int", "bits": 9}}, "'bits' = 9 is outside 2 to 8"),
@@ -305,7 +305,7 @@ def test_data_that_is_nothing_but_padding_is_said():
     padding = [{**batch, "attention_mask": torch.zeros(4, 12, dtype=torch.long)} for batch in batches()]
     with pytest.raises(SessionError, match="nothing but padding"):
         compress(tiny_bert(), {"stage": [stage]}, calibration=padding)
-    with pytest.raises(SessionError, match="no calibration batch"):
+    with pytest.raises(PlanError, match="there is no batch in it"):
         compress(tiny_bert(), {"stage": [stage]}, calibration=[])
 
 
@@ -315,7 +315,7 @@ def test_weights_that_are_not_finite_are_said():
         with torch.no_grad():
             model.encoder.layer[1].output.dense.weight[0, 0] = bad
         stage = {"quantize": "int4", "exclude": ["*pooler*"], **({"solver": solver} if solver else {})}
-        with pytest.raises(SessionError, match="layer.1.output.dense.*not finite|not finite.*layer.1"):
+        with pytest.raises(SessionError, match=r"layer\.1\.output\.dense.*not finite|not finite.*layer\.1"):
             compress(model, {"stage": [stage]}, calibration=batches() if solver else None)
 
 
