@@ -2,11 +2,16 @@
 
     python benchmarks/lenet.py --data MNIST --out results.jsonl
     python benchmarks/lenet.py --data MNIST --out results.jsonl --network lenet5 --seeds 0 1 --densities 2
+    python benchmarks/lenet.py --data MNIST --out results.jsonl --methods dense compressed --densities 3
 
 MNIST is a folder with train-0.npz to train-5.npz and test.npz, each with x (n, 28, 28) and y (n), both uint8. The last
 5,000 training images are for validation: with --validate only they are scored, which is how the settings below were
 chosen; otherwise each finished model meets the test set once. Every result is appended to --out at once, and a run
 that is there is not repeated; without --data the tables of what is there are printed.
+
+"compressed" prunes gradually, replaces what stays by codebooks (k-means), trains those, and writes the file: its bytes
+count everything, biases and headers included; "counted" are the bits of Deep Compression's own count (weights only:
+Huffman-coded codes and 5-bit distances with filler zeros, and the codebooks).
 
 Published figures: Han et al. 2015 and 2016 (Deep Compression, tables 1 to 3); Dettmers and Zettlemoyer 2019, the
 authors' MNIST_compression_comparison and MNIST_sparse_summary files; the others as quoted there or by their authors.
@@ -16,10 +21,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import heapq
 import json
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -126,18 +133,22 @@ class Settings:
     rate: float = 0.1
     decay: float = 5e-4
     distill: float = 0.0
+    bits: int = 0
+    """Of the codes; 0 leaves the weights as they are."""
 
 
 SETTINGS = {
     "lenet300": {
         "dense": Settings(20),
         "gradual": Settings(30),
+        "compressed": Settings(40, bits=4),
         "rigl": Settings(100),
         "set": Settings(100),
     },
     "lenet5": {
         "dense": Settings(7, rate=0.05),
         "gradual": Settings(12, rate=0.05),
+        "compressed": Settings(16, rate=0.05, bits=4),
         "rigl": Settings(12, rate=0.05),
         "set": Settings(12, rate=0.05),
     },
@@ -149,9 +160,12 @@ def recipe(method, density, seed, settings, targets):
     sparse = {"prune": "magnitude", "sparsity": 1 - density / 100, "targets": targets}
     if method == "dense":
         return None
-    if method == "gradual":
-        ramp = {"use": "cubic", "start": 0.0, "end": 0.6, "every": 100}
+    if method in ("gradual", "compressed"):
+        ramp = {"use": "cubic", "start": 0.0, "end": 0.6 if method == "gradual" else 0.5, "every": 100}
         stages = [{**sparse, "allocation": "global", "schedule": ramp}]
+        if settings.bits:
+            codebook = {"use": "kmeans", "bits": settings.bits}
+            stages.append({"quantize": codebook, "schedule": {"use": "oneshot", "start": 0.85}, "targets": targets})
         if settings.distill:
             stages.append({"distill": {"use": "kl", "temperature": 2.0}, "teacher": "self", "weight": settings.distill})
         return {"seed": seed, "stage": stages}
@@ -252,6 +266,44 @@ def weights(net):
     return {name: weight for name, weight in net.named_parameters() if weight.dim() > 1}
 
 
+# --------------------------------------------------------------------------------------------------------- sizes
+
+
+def sizes(net):
+    """The bytes of the file beside those of a dense one, and the bits as Deep Compression counts beside dense ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        sparsehooks.save_pretrained(net, Path(folder) / "small", level="small")
+        size = (Path(folder) / "small" / "model.safetensors").stat().st_size
+    dense = 4 * sum(parameter.numel() for parameter in net.parameters())
+    counted = sum(count_bits(weight) for weight in weights(net).values())
+    elements = 32 * sum(weight.numel() for weight in weights(net).values())
+    return {"bytes": size, "smaller": round(dense / size, 2), "counted": round(elements / counted, 2)}
+
+
+def count_bits(weight, width=5):
+    """Han et al. 2016: the distance to the next weight in ``width`` bits, where need be with a filler zero between."""
+    flat = weight.detach().flatten().numpy()
+    table, codes = np.unique(flat[flat != 0], return_inverse=True)
+    span = 1 << width
+    gaps = np.diff(np.flatnonzero(flat), prepend=-1) - 1
+    fillers = gaps // span
+    distances = np.concatenate([gaps % span, np.full(fillers.sum(), span - 1)])
+    values = np.concatenate([codes, np.full(fillers.sum(), len(table))])
+    return huffman_bits(values) + huffman_bits(distances) + 32 * len(table)
+
+
+def huffman_bits(symbols):
+    """How long a Huffman code of these symbols is."""
+    heap = np.unique(symbols, return_counts=True)[1].tolist()
+    heapq.heapify(heap)
+    total = len(symbols) if len(heap) == 1 else 0
+    while len(heap) > 1:
+        merged = heapq.heappop(heap) + heapq.heappop(heap)
+        total += merged
+        heapq.heappush(heap, merged)
+    return total
+
+
 class Bench:
     """The runs of one network.
 
@@ -276,7 +328,8 @@ class Bench:
         if method == "dense":
             net = self._new(self._dense(seed))
         else:
-            net = self._new(self._dense(seed)) if method == "gradual" else self._new(None, seed)
+            pretrained = method in ("gradual", "compressed")
+            net = self._new(self._dense(seed)) if pretrained else self._new(None, seed)
             targets = sorted({type(layer).__name__ for layer in net.layers if hasattr(layer, "weight")})
             compression = recipe(method, density, seed, settings, targets)
             train(net, self._train, settings, compression, seed + 1000)
@@ -293,6 +346,7 @@ class Bench:
             "test": None if self._validate else round(error(net, self._test), 4),
             "kept": kept,
             "weights": total,
+            **(sizes(net) if settings.bits else {}),
             "settings": asdict(settings),
             "seconds": round(time.perf_counter() - began, 1),
         }
@@ -350,7 +404,12 @@ def show(network, rows, console):
     for source, value, kept, fewer, bits in DEEP_COMPRESSION[network]:
         first.add_row(source, f"{value:.2f}", f"{kept} %", f"{fewer}x", f"{bits}x" if bits else "")
     for (method, density), measured in found.items():
-        first.add_row(f"ours, {method}", spell(*measured), f"{density:g} %", times(density), "")
+        group = groups[method, density]
+        bits = f"{statistics.mean(row['counted'] for row in group):.0f}x" if "counted" in group[0] else ""
+        first.add_row(f"ours, {method}", spell(*measured), f"{density:g} %", times(density), bits)
+        if bits:
+            file = statistics.mean(row["smaller"] for row in group)
+            first.add_row("  its file, with biases and headers", "", "", "", f"{file:.0f}x")
 
     second = table(f"{title}, error against density", "density", "Sparse Momentum", "others", "gradual", "rigl", "set")
     for density in sorted({density for method, density in found if method != "dense"}, reverse=True):

@@ -15,7 +15,8 @@ RECIPE = {
     "stage": [
         {**prune()["stage"][0], "allocation": "global"},
         {"distill": {"use": "hidden"}},
-        {"quantize": "int8", "schedule": {"use": "oneshot", "start": 0.5}},
+        {"quantize": {"use": "lsq", "bits": 4}, "schedule": {"use": "oneshot", "start": 0.3}},
+        {"activation": {"use": "pact", "batches": 2}, "targets": ["*output.dense"]},
     ]
 }
 
