@@ -138,6 +138,8 @@ def forced(dtype, generator):
         ("submatrix", "exponent-entropy"): weight * frame * (pruned((40, 60), 0.95, generator) != 0),
         (None, "int"): on_grid(weight.to(dtype), 7),
         ("bitmap", "int-entropy"): on_grid(pruned((40, 60), 0.5, generator).to(dtype), 127),
+        (None, "grid"): on_grid(weight.to(dtype), 7),
+        ("bitmap", "grid-entropy"): on_grid(torch.where(weight.abs() > 0.7, weight, 0.0).to(dtype), 7),
         (None, "codebook"): few,
         ("bitmap", "codebook-entropy"): few * (pruned((40, 60), 0.6, generator) != 0),
     }

@@ -55,6 +55,36 @@ def positions_of(codec, part, count, size, columns=1):
     return {"bitmap": ones, None: lambda _, size: range(size)}[codec](part, size)
 
 
+def f32(bits):
+    return struct.unpack("<f", bits.to_bytes(4, "little"))[0]
+
+
+def rounded(products, dtype):
+    kind, limit = ("e", 65520) if dtype == "F16" else ("f", 2**128 - 2**103)
+    products = [f32(rounded([x], "F32")[0]) if dtype == "F16" and x else x for x in products]
+    bits = [int.from_bytes(struct.pack(f"<{kind}", x if abs(x) < limit else x * inf), "little") for x in products]
+    bits = [b + 0x7FFF + (b >> 16) % 2 >> 16 if dtype == "BF16" else b for b in bits]
+    return [0 if b == (0x8000 if dtype in ("BF16", "F16") else 0x80000000) else b for b in bits]
+
+
+def grid(part, count, dtype, positions, codec, rows, columns):
+    w, kind, form, tile_rows, tile_columns = take(part, "3Bx2I")
+    across = ceil(columns / tile_columns)
+    tiles = ceil(rows / tile_rows) * across
+    if form == 1:
+        first, *factors = take(part, f"H{tiles}B")
+        runs = [(i - first) // 256 + 1 for i in range(tiles)]
+        steps = [f32(int.from_bytes(part.read(3), "little") << 7) for _ in range(runs[-1] + 1)]
+        scales = [factor * steps[max(run, 0)] for factor, run in zip(factors, runs, strict=True)]
+    else:
+        scales = [f32(int.from_bytes(part.read(form), "little") << (7 if form == 3 else 0)) for _ in range(tiles)]
+    table = take(part, f"{2**w}f") if kind == 2 else range(1 - 2 ** (w - 1), 2**w) if kind == 0 else range(2**w)
+    zeros = planes(part, tiles, w) if kind == 1 else [0] * tiles
+    codes = planes(part, count, w) if codec == "grid" else entropy(part, count)
+    of = [p // columns // tile_rows * across + p % columns // tile_columns for p in positions]
+    return rounded([(table[c] - zeros[t]) * scales[t] for c, t in zip(codes, of, strict=True)], dtype)
+
+
 def values_of(codec, part, count, dtype, positions, size, columns):
     if codec == "raw" or (codec == "entropy" and KIND[dtype] == "B"):
         return take(part, f"{count}{KIND[dtype]}") if codec == "raw" else entropy(part, count)
@@ -62,14 +92,15 @@ def values_of(codec, part, count, dtype, positions, size, columns):
         table = take(part, f"{part.read(1)[0] + 1}{KIND[dtype]}")  # the different values
         places = planes(part, count, (len(table) - 1).bit_length()) if codec == "codebook" else entropy(part, count)
         return [table[place] for place in places]
+    if codec in ("grid", "grid-entropy"):
+        return grid(part, count, dtype, positions, codec, size // columns or 1, min(size, columns))
     layout = {"int": "B3x", "int-entropy": "B3x", "exponent": "B3x2I", "exponent-entropy": "BxHI"}[codec]
-    below, shift, kind, limit = {"F32": (8, 16, "f", inf), "BF16": (8, 0, "f", inf), "F16": (11, 0, "e", 65520)}[dtype]
+    below, shift = {"F32": (8, 16), "BF16": (8, 0), "F16": (11, 0)}[dtype]
     if codec in ("int", "int-entropy"):
         w, *scales = take(part, layout + f"{max(1, size // columns)}f")  # one row if the chunk is a piece of one
         codes = entropy(part, count) if codec != "int" else part.read() if w == 8 else planes(part, count, w)
-        products = [(code - 2 ** (w - 1) + 1) * scales[p // columns] for code, p in zip(codes, positions, strict=True)]
-        bits = [int.from_bytes(struct.pack(f"<{kind}", x if abs(x) < limit else x * inf), "little") for x in products]
-        return [b + 0x7FFF + (b >> 16) % 2 >> 16 if dtype == "BF16" else 0 if b == 0x8000 else b for b in bits]
+        products = [(c + 1 - 2 ** (w - 1)) * scales[p // columns] for c, p in zip(codes, positions, strict=True)]
+        return rounded(products, dtype)
     first, number, length, *halves = take(part, layout + f"{count if shift else 0}H")  # b, X, Y or t, T, E
     if codec == "exponent":
         each, meaning = {3: 5, 4: 4, 6: 3, 16: 2}[first], part.read(first)

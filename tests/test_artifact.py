@@ -190,6 +190,44 @@ def test_a_plain_module_is_saved_and_decompressed(tmp_path):
     assert sparsehooks.inspect(tmp_path / "a").ratio < 0.3
 
 
+def lenet_300_100():
+    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def lenet_5():
+    convolutions = nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten()
+    return nn.Sequential(*convolutions, nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters", "densities", "times"),
+    [
+        (lenet_300_100, 266_610, (0.05, 0.05, 0.05), 50),
+        (lenet_300_100, 266_610, (0.02, 0.02, 0.02), 100),
+        (lenet_5, 431_080, (0.3, 0.08, 0.01, 0.1), 100),
+    ],
+)
+def test_a_small_model_takes_little_more_than_the_entropy_of_its_weights(make, parameters, densities, times, tmp_path):
+    """Sparse weights with a codebook of 4 bits, biases, checksums and all names are in the file."""
+    torch.manual_seed(0)
+    model, least = make(), 0.0
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    for weight, density in zip(weights, densities, strict=True):
+        kept = torch.randperm(weight.numel())[: round(density * weight.numel())]
+        index = torch.randn(len(kept)).mul_(3).add_(8).clamp_(0, 15).long()
+        weight.data = torch.zeros(weight.numel()).index_copy_(0, kept, torch.randn(16)[index]).view(weight.shape)
+        counts = torch.unique(weight.data, return_counts=True)[1].double()
+        least += float((counts * torch.log2(weight.numel() / counts)).sum()) / 8
+    sparsehooks.save_pretrained(model, tmp_path / "small", level="small")
+    assert same_state(sparsehooks.load_state_dict(tmp_path / "small"), model.state_dict())
+    size = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert 4 * parameters / size >= times
+    vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    # the header has about 100 bytes a tensor, a blob 100 and a table of 64
+    assert size <= 1.02 * least + vectors + 120 * len(list(model.parameters())) + 170 * len(weights)
+
+
 def test_negative_zeros_of_pruned_weights_become_positive(tmp_path):
     model = tiny_bert()
     weight = model.encoder.layer[0].output.dense.weight

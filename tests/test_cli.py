@@ -87,7 +87,7 @@ def test_every_command_has_help():
 
 def test_compress_inspect_verify_decompress(folder, inside):
     found = json.loads(inside("inspect", folder / "sparse", "--json").out)
-    assert {row["values"] for row in found["tensors"] if row["bytes"] < row["dense_bytes"]} == {"int"}
+    assert {row["values"] for row in found["tensors"] if row["bytes"] < row["dense_bytes"]} == {"grid"}
     assert 0.9 < found["totals"]["bytes"] / found["totals"]["entropy_bytes"] < 1.5
     text = inside("inspect", folder / "sparse").out
     assert all(row["name"] in text for row in found["tensors"])

@@ -137,6 +137,14 @@ EXAMPLES = [
     ("raw", "803f 00c0", "BF16", 1, 2, None, [BF16[1.0], BF16[-2.0]]),
     ("int", "03000000 0000803e 0000803f 041b0d", "F32", 2, 4, [0, 1, 3, 4, 6], [0.75, -0.25, 0.5, 3.0, -1.0]),
     ("int-entropy", "03000000 0000803e 0000803f 00060205060203", "F32", 2, 3, None, [0.75, -0.25, 0.5, 3.0, -1.0, 0.0]),
+    (
+        *("grid", "02010300 01000000 04000000 00007d40007f 0300111d", "F32", 2, 4, [0, 1, 2, 4, 6, 7]),
+        [0.5, -0.25, 0.25, 1.0009765625, 2.001953125, -1.0009765625],
+    ),
+    (
+        *("grid-entropy", "03000300 01000000 03000000 00007d40007f 00060205060203", "F32", 2, 3, None),
+        [0.75, -0.25, 0.5, 3.0029296875, -1.0009765625, 0.0],
+    ),
     ("codebook", "02 003f803f00c0 1508", "BF16", 1, 5, None, [BF16[one] for one in (1.0, 0.5, 1.0, -2.0, 1.0)]),
     (
         "codebook-entropy",
@@ -176,7 +184,7 @@ EXAMPLES = [
 def test_the_examples_of_the_specification(name, text, dtype, rows, columns, places, expected):
     part, places = bytes.fromhex(text), None if places is None else np.array(places)
     layout = Layout(dtype, rows, columns, len(expected), places)
-    if name.startswith("int"):
+    if name.startswith(("int", "grid")):
         data = np.array(expected, np.float32).view(np.uint32)
     else:
         data = np.array(expected, np.intp if CODECS[name].role == "positions" else layout.bits)
@@ -470,7 +478,7 @@ def sparse(tensor):
 
 def holds(name, dtype, data):
     """Whether a codec has to hold values that lie on no grid."""
-    if name.startswith("int") or not data.size:
+    if name.startswith(("int", "grid")) or not data.size:
         return name in ("raw", "entropy") and (name == "raw" or data.dtype.itemsize == 1)
     if name.startswith("codebook"):
         return len(np.unique(data)) <= 256
@@ -492,7 +500,7 @@ def test_values_of_every_dtype_come_back(name, dtype):
                 dtype, 1, max(1, count), count, np.arange(count) if rng.random() < 0.5 or not count else None
             )
             found = encoded(name, data, layout)
-            if not name.startswith("int"):
+            if not name.startswith(("int", "grid")):
                 assert (found is not None) == holds(name, dtype, data)
 
 

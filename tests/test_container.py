@@ -131,7 +131,7 @@ def test_round_trip_of_integer_grids(dtype, width):
         for level in LEVELS:
             blob = checked(tensor, level=level)
             names = opened(blob).header.codecs
-            assert {"int", "int-entropy"} & set(names)
+            assert {"int", "int-entropy", "grid", "grid-entropy"} & set(names)
             assert width > 3 or opened(blob).table[0].positions != ALL or positions == ALL
 
 
@@ -252,7 +252,10 @@ def test_what_is_not_worth_it_is_not_encoded(monkeypatch):
     assert encode(torch.zeros(100, 100, dtype=torch.complex64), CODECS) is None
     assert encode(torch.zeros(100, 100, dtype=torch.int64), CODECS) is not None
     assert encode(random_tensor("F32", (100, 100), 0), CODECS) is None
-    assert encode(pruned((30, 30), 0.9), CODECS) is None  # less than 4 KiB to save
+    assert encode(pruned((9, 9), 0.9), CODECS) is None  # less than 256 bytes to save
+    assert encode(pruned((30, 30), 0.9), CODECS) is not None
+    assert encode(pruned((30, 30), 0.4), CODECS) is None  # less than 4 KiB and less than half
+    assert encode(pruned((60, 60), 0.4), CODECS) is not None
     assert encode(random_tensor("F32", (1000, 100), 0.08), CODECS) is None  # less than 10 %
     assert encode(random_tensor("F32", (1000, 1000), 0.08), CODECS) is None
     assert encode(random_tensor("F32", (1000, 100), 0.2), CODECS) is not None

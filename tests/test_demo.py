@@ -31,7 +31,7 @@ def test_the_fast_demo_compresses_saves_and_reopens(tmp_path):
     assert result["sparsity"] == pytest.approx(0.8, abs=1e-5)
     assert result["bytes"][1] < 0.18 * result["bytes"][0]
     found = {row.name: row for row in sparsehooks.verify(tmp_path / "out").tensors}
-    assert found["embeddings.word_embeddings.weight"].values == "int"
+    assert found["embeddings.word_embeddings.weight"].values == "grid"
     assert found["encoder.layer.0.output.dense.weight"].positions == "gaps"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert "done" in done.stderr

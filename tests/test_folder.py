@@ -169,7 +169,7 @@ def test_inspect_and_verify_tell_what_is_there(kind, look, request, codecs):
         assert row.bits_per_weight == 8 * row.bytes / max(1, tensor.numel())
     codecs_of = {name: (row.positions, row.values) for name, row in rows.items() if row.values}
     gaps = ("gaps", "exponent")
-    assert codecs_of == {"a.weight": gaps, "b.weight": gaps, "b.codes": (None, "int")}
+    assert codecs_of == {"a.weight": gaps, "b.weight": gaps, "b.codes": (None, "grid")}
     assert rows["b.weight"].dtype == "BF16"
     assert rows["c.float8"].dtype == "F8_E4M3"
     totals = found.to_dict()["totals"]
@@ -232,8 +232,8 @@ def test_installed_codecs_are_the_default(single, tmp_path):
 
 
 def test_a_missing_codec_is_named(single, codecs):
-    fewer = {name: codec for name, codec in codecs.items() if name != "int"}
-    with pytest.raises(ArtifactError, match=r"model.safetensors': tensor 'b.codes': .*'int'; install the plugin"):
+    fewer = {name: codec for name, codec in codecs.items() if name != "grid"}
+    with pytest.raises(ArtifactError, match=r"model.safetensors': tensor 'b.codes': .*'grid'; install the plugin"):
         inspect(single, codecs=fewer)
 
 

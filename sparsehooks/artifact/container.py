@@ -30,9 +30,11 @@ from sparsehooks.components import LEVELS, Codec, Level
 from sparsehooks.views import Layout
 
 MIN_SAVED_SHARE = 0.1
-"""A tensor is encoded only if that saves at least this share of its bytes ..."""
+"""A tensor is encoded if that saves at least this share of its bytes ..."""
 MIN_SAVED_BYTES = 4096
-"""... and at least so many bytes."""
+"""... and at least so many bytes ..."""
+_SMALL_SHARE, _SMALL_BYTES = 0.5, 256
+"""... or, of a small one, this share and so many bytes: a blob is not worth its trouble for less."""
 
 _WORTH = 7 / 8
 """At the level "balanced" a codec that is not "fast" has to write at most this share of what those write."""
@@ -81,14 +83,15 @@ def encode(
 
     Returns:
         uint8, one dimension, on the CPU; None if the tensor has not at least two dimensions, no codec can hold it, or
-        a blob would save less than ``MIN_SAVED_SHARE`` and ``MIN_SAVED_BYTES``.
+        a blob would save too little: less than a tenth and 4 KiB, and less than half and 256 bytes.
     """
     dtype = next((name for name, (dtype, _) in DTYPES.items() if dtype == tensor.dtype), None)
     shape = tuple(tensor.shape)
     if dtype is None or not 2 <= len(shape) <= MAX_DIMS or 0 in shape:
         return None
     header = Header(dtype, shape, _chunk(shape[0], math.prod(shape[1:])), ())
-    limit = header.dense_bytes - max(MIN_SAVED_BYTES, math.ceil(MIN_SAVED_SHARE * header.dense_bytes))
+    enough = (MIN_SAVED_SHARE, MIN_SAVED_BYTES), (_SMALL_SHARE, _SMALL_BYTES)
+    limit = header.dense_bytes - min(max(least, math.ceil(share * header.dense_bytes)) for share, least in enough)
     if limit <= 0:
         return None
     usable = [

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsehooks import ArtifactError, Codec, Layout, from_codes, row_scales, to_codes
 from sparsehooks.builtin.codecs.entropy import squeeze, unsqueeze
 from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks.builtin.codecs.tiles import hopeless
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BITS = {"F32": torch.uint32, "BF16": torch.uint16, "F16": torch.uint16}
@@ -92,7 +93,7 @@ def _codes_length(count: int, width: int) -> int:
 
 def _grid(data: np.ndarray, layout: Layout) -> _Grid | None:
     """The grid of the fewest bits that holds every value; None if there is none."""
-    if layout.dtype not in _DTYPES or not data.size:
+    if layout.dtype not in _DTYPES or not data.size or hopeless(data, layout):
         return None
     values = torch.from_numpy(data).view(_DTYPES[layout.dtype])
     row = values[_first_row(data, layout)]
