@@ -135,7 +135,7 @@ def test_it_is_small(tmp_path):
     export(folder, tmp_path / "out")
     dense = sparsehooks.inspect(folder).dense_bytes
     with sparsehooks.safe_open(tmp_path / "out" / "model.safetensors") as file:
-        held = {key: file.get_tensor(key) for key in file.keys()}
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     packed = sum(tensor.nbytes for key, tensor in held.items() if "packed" in key)
     assert packed == sum(tensor.numel() for tensor in linear(folder)) // 2
     assert {tensor.dtype for key, tensor in held.items() if key.endswith("scale")} == {torch.float32}
@@ -225,7 +225,7 @@ def test_other_grids_are_refused_by_the_name_of_the_layer(tmp_path, quantizer):
 
 def test_a_model_that_is_not_quantized_is_refused(tmp_path):
     folder = save(llama(), tmp_path / "saved", {"prune": "magnitude", "sparsity": 0.5})
-    with pytest.raises(sparsehooks.ArtifactError, match="no Linear weight of .* quantize it first"):
+    with pytest.raises(sparsehooks.ArtifactError, match=r"no Linear weight of .* quantize it first"):
         export(folder, tmp_path / "out")
 
 
