@@ -236,6 +236,17 @@ def test_a_model_that_only_sparsehooks_opens_is_refused(tmp_path):
         export(tmp_path / "saved", tmp_path / "out")
 
 
+def test_a_model_of_an_unknown_type_is_refused(tmp_path):
+    folder = save(bert(), tmp_path / "saved", {"use": "int8"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    with pytest.raises(sparsehooks.ArtifactError, match=r"no model that transformers knows: .* the type 'mine'"):
+        export(folder, tmp_path / "out")
+    (folder / "config.json").unlink()
+    with pytest.raises(sparsehooks.ArtifactError, match=r"has no config\.json"):
+        export(folder, tmp_path / "out")
+
+
 def test_other_folders_are_refused(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(sparsehooks.ArtifactError, match="was not saved by sparsehooks"):

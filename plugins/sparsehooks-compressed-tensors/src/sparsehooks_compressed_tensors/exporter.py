@@ -255,8 +255,15 @@ def _skeleton(folder: Path) -> Any:
     """The model without its weights."""
     import transformers
 
-    with torch.device("meta"):
+    try:
         config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"'{folder}' is no model that transformers knows: its config.json names the type "
+            f"{json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_type')!r}; "
+            "use the format 'dense'"
+        ) from error
+    with torch.device("meta"):
         named: Any = getattr(transformers, (config.architectures or [""])[0], None)
         named = named or transformers.MODEL_MAPPING[type(config)]
         return named._from_config(config)
