@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsehooks.activations import activation_sparsity as activation_sparsity
     from sparsehooks.artifact.access import load_state_dict as load_state_dict, safe_open as safe_open
     from sparsehooks.artifact.convert import convert as convert
+    from sparsehooks.artifact.export import export as export
     from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
     from sparsehooks.artifact.write import save_pretrained as save_pretrained
     from sparsehooks.backends import use_backend as use_backend
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         ComponentBase as ComponentBase,
         Criterion as Criterion,
         Distiller as Distiller,
+        Exporter as Exporter,
         Moment as Moment,
         Need as Need,
         Pattern as Pattern,
@@ -99,12 +101,13 @@ _HOME = {
     "activations": "activation_sparsity",
     "artifact.access": "load_state_dict safe_open",
     "artifact.convert": "convert",
+    "artifact.export": "export",
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
     "backends": "use_backend",
     "catalog": "Component Registry",
-    "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Moment Need Pattern Quantizer "
-    "Regularizer Schedule Solver Support Window check_moment",
+    "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Exporter Moment Need Pattern "
+    "Quantizer Regularizer Schedule Solver Support Window check_moment",
     "coupling": "Coupling Member find_couplings",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
     "grids": "Steps fake_quantize read_grid significant",

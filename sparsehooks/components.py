@@ -11,6 +11,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparsehooks.views import Batch, Layout, WeightView
@@ -637,6 +638,35 @@ class Backend(ComponentBase):
         """
 
 
+# ----------------------------------------------------------------------------------------------- other programs
+
+
+class Exporter(ComponentBase):
+    """Who else shall read a saved model?
+
+    Attributes:
+        files: what ``export`` writes, as globs such as ``"*.safetensors"``: at least one file for each of them.
+    """
+
+    kind = "exporter"
+    files: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def export(self, folder: Path, out: Path) -> str:
+        """Write the model in the format of another program.
+
+        Args:
+            folder: one that sparsehooks saved, which stays as it is.
+            out: an empty folder, which becomes the user's when this returns and vanishes when it raises.
+
+        Returns:
+            one line for the user: what was written, and how close it is to the model.
+
+        Raises:
+            ArtifactError: if the format cannot carry the model, naming what it cannot and what to do instead.
+        """
+
+
 KINDS: Mapping[str, type[ComponentBase]] = {
     contract.kind: contract
     for contract in (
@@ -651,5 +681,6 @@ KINDS: Mapping[str, type[ComponentBase]] = {
         Distiller,
         Codec,
         Backend,
+        Exporter,
     )
 }

@@ -49,6 +49,7 @@ BUILTINS = (
     "distillers",
     "codecs",
     "backends",
+    "exporters",
 )
 """The built-in plugins, each the module ``sparsehooks.builtin.NAME``; they come in through the same door as others."""
 

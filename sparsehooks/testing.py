@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sparsehooks.components import (
@@ -22,6 +24,7 @@ from sparsehooks.components import (
     ComponentBase,
     Criterion,
     Distiller,
+    Exporter,
     Pattern,
     Quantizer,
     Regularizer,
@@ -30,7 +33,7 @@ from sparsehooks.components import (
     Support,
 )
 from sparsehooks.decoding import decode
-from sparsehooks.errors import ArtifactError
+from sparsehooks.errors import ArtifactError, SparseHooksError
 from sparsehooks.views import Batch, Layout, WeightView
 
 if TYPE_CHECKING:
@@ -651,6 +654,73 @@ def _check_backend(component: ComponentBase) -> None:
         assert bool(((converted(inputs) - expected).abs() <= half).all()), message
 
 
+# --------------------------------------------------------------------------------------------- other programs
+
+
+def _check_exporter(component: ComponentBase) -> None:
+    exporter = cast(Exporter, component)
+    assert exporter.files, "files must name what export() writes"
+    with tempfile.TemporaryDirectory() as home:
+        folder, out, refused = (Path(home) / name for name in ("saved", "out", "refused"))
+        _save_tiny_bert(folder)
+        before = _contents(folder)
+        out.mkdir()
+        said = exporter.export(folder, out)
+        assert said, "export() must say what it has written"
+        assert len(said.splitlines()) == 1, f"export() must say it in one line, got {said!r}"
+        assert _contents(folder) == before, "export() must leave the folder as it is"
+        for pattern in exporter.files:
+            found = [path for path in out.glob(pattern) if path.is_file() and path.stat().st_size]
+            assert found, f"export() must write what 'files' names: there is no {pattern}"
+        hidden = [path.name for path in out.rglob(".*")]
+        assert not hidden, f"export() must clear up what it needed on its way, {hidden} is left"
+        weights = folder / "model.safetensors"
+        damaged = bytearray(weights.read_bytes())
+        damaged[-100] ^= 1
+        weights.write_bytes(damaged)
+        refused.mkdir()
+        message = ""
+        try:
+            exporter.export(folder, refused)
+        except SparseHooksError as error:
+            message = str(error)
+        except Exception as error:
+            raise AssertionError(f"export() must refuse a damaged folder with ArtifactError, not {error!r}") from error
+        assert message, "export() must refuse a damaged folder: read it with safe_open() or from_pretrained()"
+        assert len(message.splitlines()) == 1, f"an error must be one sentence, got {message!r}"
+
+
+def _save_tiny_bert(folder: Path) -> None:
+    """A classifier of texts whose encoder lies on a grid of 8-bit integers, one scale a row."""
+    import torch
+    import transformers
+
+    from sparsehooks.artifact.write import save_pretrained
+    from sparsehooks.grids import Steps
+
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(config)
+        for name, weight in model.bert.encoder.named_parameters():
+            if name.endswith("dense.weight"):
+                steps = Steps(8)
+                grid = steps.fit(weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True))["scales"]
+                weight.copy_(steps.values(steps.codes(weight, grid, None), grid, None, weight.dtype))
+    save_pretrained(model, folder)
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 _CHECKS = {
     "criterion": _check_criterion,
     "pattern": _check_pattern,
@@ -663,6 +733,7 @@ _CHECKS = {
     "distiller": _check_distiller,
     "codec": _check_codec,
     "backend": _check_backend,
+    "exporter": _check_exporter,
 }
 assert _CHECKS.keys() == KINDS.keys(), "every kind has its check"
 

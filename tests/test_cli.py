@@ -78,7 +78,7 @@ def test_help_is_fast_and_leaves_torch_alone():
 def test_every_command_has_help():
     listed = sparsehooks("--help").stdout
     for command in (
-        *("demo", "compress", "convert", "inspect", "verify", "decompress"),
+        *("demo", "compress", "convert", "inspect", "verify", "decompress", "export"),
         *("check", "plugins", "hooks", "components"),
     ):
         assert command in listed
@@ -174,6 +174,7 @@ def test_all_problems_of_a_plan_come_at_once(folder, inside, tmp_path):
         ("inspect", "no-such-folder"),
         ("verify", "no-such-folder"),
         ("decompress", "no-such-folder", "--out", "out"),
+        ("export", "no-such-folder", "--format", "dense", "--out", "out"),
         ("check", "no-such-recipe.toml"),
         ("compress", "no-such-model", "--recipe", "{recipe}", "--out", "out"),
         ("components", "criterium"),

@@ -13,6 +13,7 @@ from sparsehooks import (
     Component,
     Criterion,
     Distiller,
+    Exporter,
     Pattern,
     PluginError,
     PluginManager,
@@ -22,6 +23,7 @@ from sparsehooks import (
     Solver,
     Support,
     hookimpl,
+    load_state_dict,
 )
 from sparsehooks.components import KINDS
 from sparsehooks.plugins import installed_catalog
@@ -443,6 +445,66 @@ class Rounding(Backend):
         return torch.nn.Sequential(layer, torch.nn.ReLU())
 
 
+class Wordless(Exporter):
+    files = ("model.txt",)
+
+    def export(self, folder, out):
+        (out / "model.txt").write_text("model")
+        return ""
+
+
+class Talkative(Wordless):
+    def export(self, folder, out):
+        super().export(folder, out)
+        return "one line\nand another"
+
+
+class Nameless(Wordless):
+    files = ()
+
+
+class Absent(Wordless):
+    files = ("*.onnx",)
+
+    def export(self, folder, out):
+        return "nothing"
+
+
+class Meddling(Wordless):
+    def export(self, folder, out):
+        (folder / "mine.txt").write_text("mine")
+        return super().export(folder, out) or "written"
+
+
+class Untidy(Wordless):
+    def export(self, folder, out):
+        (out / ".part").mkdir()
+        return super().export(folder, out) or "written"
+
+
+class Gullible(Wordless):
+    """Takes a damaged folder."""
+
+    def export(self, folder, out):
+        return super().export(folder, out) or "written"
+
+
+class Crashing(Gullible):
+    """Refuses a damaged folder with an error of its own kind."""
+
+    def export(self, folder, out):
+        if not load_state_dict_of(folder):
+            raise ValueError("damaged")
+        return super().export(folder, out)
+
+
+def load_state_dict_of(folder):
+    try:
+        return load_state_dict(folder)
+    except ArtifactError:
+        return {}
+
+
 WRONG = {
     LossyWeight: "leave the weight",
     Unseeded: "same view",
@@ -495,6 +557,14 @@ WRONG = {
     Far: "within the chunk",
     Silent: "reason for a no",
     Rounding: "keep the outputs",
+    Wordless: "say what it has written",
+    Talkative: "one line",
+    Nameless: "files must name",
+    Absent: "there is no \\*.onnx",
+    Meddling: "leave the folder",
+    Untidy: "clear up",
+    Gullible: "refuse a damaged folder: read it",
+    Crashing: "with ArtifactError, not ValueError",
 }
 
 

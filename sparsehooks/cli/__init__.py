@@ -15,6 +15,7 @@ from sparsehooks.cli import (
     convert,
     decompress,
     demo,
+    export,
     hooks,
     inspect,
     plugins,
@@ -32,7 +33,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, compress, convert, inspect, verify, decompress, check, recipes, plugins, hooks, components):
+for module in (
+    demo,
+    compress,
+    convert,
+    inspect,
+    verify,
+    decompress,
+    export,
+    check,
+    recipes,
+    plugins,
+    hooks,
+    components,
+):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 
 
