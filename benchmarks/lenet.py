@@ -148,7 +148,7 @@ SETTINGS = {
     "lenet5": {
         "dense": Settings(7, rate=0.05),
         "gradual": Settings(12, rate=0.05),
-        "compressed": Settings(16, rate=0.05, bits=4),
+        "compressed": Settings(10, rate=0.05, bits=4),
         "rigl": Settings(12, rate=0.05),
         "set": Settings(12, rate=0.05),
     },

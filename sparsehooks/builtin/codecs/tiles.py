@@ -32,6 +32,8 @@ _TILES = 8
 _PATIENCE = 32
 """How often values are compared before a tile that fits no scale ends the search."""
 _FIRST = 5
+_VARIED, _DIFFERENT = 32, 24
+"""Of so many values of a grid of 5 bits so many differ at most; random ones nearly all do."""
 _GROUP = 16
 """Smaller groups are not looked for: their scales would take more than their codes."""
 Result = TypeVar("Result")
@@ -401,6 +403,10 @@ def _first_values(data: np.ndarray, layout: Layout) -> tuple[list[np.ndarray], l
 def hopeless(data: np.ndarray, layout: Layout) -> bool:
     """Whether the first few values of a row and of a column tell that there is no grid: this is quick."""
     rows, columns = _first_values(data, layout)
+    if layout.dtype == "BF16":
+        apart = [_differ(max(rows, key=len), if_few=False), *(_differ(sample, if_few=True) for sample in columns)]
+        if all(apart):
+            return True
     if min(sample.size for sample in rows) < _FIRST:
         return False
     few = np.array([sample[:_FIRST] for sample in rows + columns if sample.size >= _FIRST])
@@ -419,6 +425,14 @@ def hopeless(data: np.ndarray, layout: Layout) -> bool:
     tried = _sizes() * ratios
     near = levels.values.take(levels.nearest(tried))
     return not (np.abs(tried - near) <= info.eps * np.abs(near) + _CLOSE).all(axis=2).any()
+
+
+def _differ(sample: np.ndarray, *, if_few: bool) -> bool:
+    """Whether bfloat16 values are too different to be codes of at most 5 bits."""
+    if sample.size < _VARIED:
+        return if_few
+    sizes = sample[:_VARIED] & sample.dtype.type(0x7FFF)
+    return bool(np.unique(sizes).size > _DIFFERENT)
 
 
 def _smallest(layout: Layout) -> int:
