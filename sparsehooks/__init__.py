@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sparsehooks.grids import (
         Steps as Steps,
         fake_quantize as fake_quantize,
+        min_max as min_max,
         read_grid as read_grid,
         significant as significant,
     )
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
         Quantize as Quantize,
     )
     from sparsehooks.quantization import from_codes as from_codes, row_scales as row_scales, to_codes as to_codes
-    from sparsehooks.ranges import Range as Range, find_range as find_range, min_max as min_max
+    from sparsehooks.ranges import Range as Range, find_range as find_range
     from sparsehooks.recipe import (
         ActivationStage as ActivationStage,
         DistillStage as DistillStage,
@@ -110,7 +111,7 @@ _HOME = {
     "Quantizer Regularizer Schedule Solver Support Window check_moment",
     "coupling": "Coupling Member find_couplings",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
-    "grids": "Steps fake_quantize read_grid significant",
+    "grids": "Steps fake_quantize min_max read_grid significant",
     "hookspecs": "StageStatus hookimpl",
     "loops.plain": "attach",
     "loops.posttrain": "compress",
@@ -121,7 +122,7 @@ _HOME = {
     "plugins": "PluginManager",
     "quantization": "from_codes row_scales to_codes",
     "problems": "BalanceProblem Choose LayerProblem Quantize",
-    "ranges": "Range find_range min_max",
+    "ranges": "Range find_range",
     "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use "
     "read_toml",
     "session": "Session",

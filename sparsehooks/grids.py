@@ -89,6 +89,12 @@ class Steps:
         return (signed * scales).to(dtype).add_(0.0)
 
 
+def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower end (at most 0) and the upper end (at least 0) of each block: float32, (blocks, 1)."""
+    low, high = blocks.detach().aminmax(dim=1, keepdim=True)
+    return low.to(torch.float32).clamp(max=0), high.to(torch.float32).clamp(min=0)
+
+
 def read_grid(blocks: Tensor, steps: Steps) -> dict[str, Tensor] | None:
     """The grid that values lie on, found from the values alone: what ``Steps.fit`` gave, or a coarser one.
 
@@ -100,21 +106,24 @@ def read_grid(blocks: Tensor, steps: Steps) -> dict[str, Tensor] | None:
         ``scales`` float32 and, of an asymmetric grid, ``zeros`` uint8, both (blocks, 1), from which ``steps.values``
         gives back every bit of the values; None if some block lies on no such grid.
     """
+    if len(blocks) > 64 and read_grid(blocks[:8], steps) is None:
+        return None  # at little cost
     values = blocks.detach().to(torch.float32)
-    top = values.abs().amax(dim=1, keepdim=True)
-    scales, lowest = torch.ones_like(top), torch.zeros_like(top)
-    open_ = (top > 0).flatten().nonzero().flatten()
-    for largest in range((1 << steps.bits) - 1 if not steps.symmetric else steps.most, 0, -1):
-        if not len(open_):
+    low, high = (end.double() for end in min_max(values))
+    reach = torch.maximum(-low, high) if steps.symmetric else high - low  # so many steps
+    scales, lowest = torch.ones_like(values[:, :1]), torch.zeros_like(values[:, :1])
+    left = (reach > 0).flatten().nonzero().flatten()
+    for size in range(steps.most, 0, -1):
+        if not len(left):
             break
-        tried = significant((top[open_] / largest).clamp(min=SMALLEST), 17 if steps.symmetric else 16)
-        codes = (values[open_] / tried).round_()
-        least = codes.amin(dim=1, keepdim=True).clamp(max=0)
-        fits = steps.values(codes, tried, None, blocks.dtype) == blocks[open_]
-        fits = fits.all(dim=1) & (steps.symmetric | ((codes.amax(dim=1) - least[:, 0]) <= steps.most))
-        scales[open_[fits]], lowest[open_[fits]] = tried[fits], least[fits]
-        open_ = open_[~fits]
-    if len(open_):
+        tried = (reach[left] / size).to(torch.float32).clamp(min=SMALLEST)
+        tried = significant(tried, 17 if steps.symmetric else 16)
+        codes = (values[left] / tried).round_()
+        fits = (steps.values(codes, tried, None, blocks.dtype) == blocks[left]).all(dim=1)
+        chosen = left[fits]
+        scales[chosen], lowest[chosen] = tried[fits], codes[fits].amin(dim=1, keepdim=True).clamp(max=0)
+        left = left[~fits]
+    if len(left):
         return None
     return {"scales": scales} if steps.symmetric else {"scales": scales, "zeros": (-lowest).to(torch.uint8)}
 

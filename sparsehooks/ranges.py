@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sparsehooks.grids import Steps
+from sparsehooks.grids import Steps, min_max
 
 Range = Literal["min_max", "percentile", "mse", "entropy", "half_quadratic"]
 """The ways to find a range."""
@@ -20,12 +20,6 @@ SHRINKS = 80
 """How many ranges the search for the least squared error tries, from the whole range down to a fifth of it."""
 BINS = 2048
 """Bins of the histogram whose clipped versions are compared by their entropy."""
-
-
-def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """All values."""
-    low, high = blocks.detach().aminmax(dim=1, keepdim=True)
-    return low.to(torch.float32).clamp(max=0), high.to(torch.float32).clamp(min=0)
 
 
 def percentile(blocks: Tensor, share: float) -> tuple[Tensor, Tensor]:

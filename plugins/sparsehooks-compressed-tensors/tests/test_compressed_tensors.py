@@ -199,10 +199,11 @@ def test_packed_zero_points_on_request(tmp_path):
     assert torch.equal(exact, logits(folder, cls))
 
 
-def test_activations_of_the_config_are_written(tmp_path, monkeypatch):
+def test_activations_of_the_config_are_written(tmp_path):
     scheme = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
-    monkeypatch.setattr(module, "recorded_activations", lambda config: scheme)
-    folder = save(bert(), tmp_path / "saved", {"use": "int8"})
+    folder, kept = tmp_path / "saved", ["classifier", "*pooler*"]
+    stages = [{"quantize": "int8", "exclude": kept}, {"activation": "int8", "exclude": kept}]
+    sparsehooks.compress(bert(), {"stage": stages}, folder)
     export(folder, tmp_path / "out")
     (group,) = quantization(tmp_path / "out")["config_groups"].values()
     assert scheme.items() <= group["input_activations"].items()
@@ -213,6 +214,20 @@ def test_activations_of_the_config_are_written(tmp_path, monkeypatch):
     torch.testing.assert_close(found, plain, rtol=0.1, atol=0.05)
     with pytest.raises(sparsehooks.ArtifactError, match="use int-quantized"):
         export(folder, tmp_path / "packed", "pack-quantized")
+
+
+def test_activations_that_the_format_cannot_carry_are_refused(tmp_path):
+    for name, activation, said in (
+        ("one", {"activation": {"use": "int8", "per": "tensor"}}, "fitted to each token"),
+        ("two", {"activation": "teal", "sparsity": 0.5}, "has activations of 'teal'"),
+        ("three", {"activation": "int8", "exclude": ["*query"]}, "quantizes its weight or its inputs but not both"),
+    ):
+        folder = tmp_path / name
+        data = [{"input_ids": torch.arange(1, 9)[None]}] if "sparsity" in activation else None
+        sparsehooks.compress(bert(), {"stage": [{"quantize": "int8"}, activation]}, folder, calibration=data)
+        with pytest.raises(sparsehooks.ArtifactError, match=said):
+            export(folder, tmp_path / f"{name}-out")
+        assert not (tmp_path / f"{name}-out").exists()
 
 
 @pytest.mark.parametrize("quantizer", ["kmeans", "nf4"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +96,12 @@ class CompressedTensors(Exporter):
                 f"no Linear weight of '{folder}' lies on a grid of integers; quantize it first, for instance with "
                 "quantize = \"int8\" in a recipe, or use the format 'dense'"
             )
+        recorded = set(config["quantization_config"].get("activations") or ())
+        if activations and (apart := sorted(recorded ^ {name for names in model.layers.values() for name in names})):
+            raise ArtifactError(
+                f"'{apart[0]}' quantizes its weight or its inputs but not both, which compressed-tensors carries only "
+                "for whole models; give both stages of the recipe the same 'targets' and 'exclude'"
+            )
         model.write(folder, out, config, sorted(linear[key] for key in ignored))
         return model.summary(len(ignored))
 
@@ -107,9 +114,25 @@ def recorded_activations(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         the arguments of ``QuantizationArgs``, such as ``{"num_bits": 8, "strategy": "token", "dynamic": True}``; None
-        if they are not quantized, and no release of sparsehooks records anything else yet.
+        if they are not quantized.
+
+    Raises:
+        ArtifactError: if something else acts on activations, or not all in the same way.
     """
-    del config
+    recorded = config.get("quantization_config", {}).get("activations") or {}
+    kinds = {}
+    for name, entry in recorded.items():
+        bits = re.fullmatch("int([2-8])?", str(entry.get("use")))
+        if bits is None or entry.get("per", "token") != "token":
+            raise ArtifactError(
+                f"'{name}' has activations of '{entry.get('use')}', and compressed-tensors carries only grids that are "
+                "fitted to each token; use the format 'onnx', or activation = \"int8\" in the recipe"
+            )
+        kinds[int(bits[1] or entry.get("bits", 8)), bool(entry.get("symmetric", True))] = name
+    if len(kinds) > 1:
+        raise ArtifactError(f"'{' and '.join(kinds.values())}' have activations on grids of two kinds; use one kind")
+    for width, symmetric in kinds:
+        return {"num_bits": width, "symmetric": symmetric, "strategy": "token", "dynamic": True}
     return None
 
 
@@ -152,8 +175,8 @@ class _Model:
 
     def _choose(self, weight: Tensor) -> tuple[Format, Grid] | None:
         if self.format == "int-quantized":
-            grid = find_grid(weight, (8,), ("tensor", "channel", "group"))
-            return None if grid is None else ("int-quantized", grid)
+            grid = find_grid(weight, (4, 8), ("tensor", "channel", "group"))
+            return None if grid is None else ("int-quantized", replace(grid, scheme=replace(grid.scheme, bits=8)))
         grid = find_grid(weight, (4, 8), ("channel", "group"))
         if grid is None:
             return None
@@ -243,11 +266,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{folder}' has no config.json, so transformers cannot open it; use the format 'dense'")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     marks = config.get("quantization_config", {})
-    for key, what in (("shrunk", "has shrunk"), ("activations", "has sparse activations")):
-        if marks.get(key):
-            raise ArtifactError(
-                f"'{folder}' {what}, which only sparsehooks can open; use the format 'onnx', or a recipe without it"
-            )
+    if marks.get("shrunk"):
+        raise ArtifactError(
+            f"'{folder}' has shrunk, which only sparsehooks can open; use the format 'onnx', or a recipe without it"
+        )
     return config
 
 
