@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -97,7 +98,7 @@ class Uniform(Quantizer):
         first, last = start // self.config.group, (stop - 1) // self.config.group
         return {name: part[:, first : last + 1] for name, part in grid.items()}
 
-    @property
+    @functools.cached_property
     def _steps(self) -> Steps:
         return Steps(self.config.bits, self.config.symmetric)
 

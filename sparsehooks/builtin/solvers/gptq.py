@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sparsehooks import Choose, LayerProblem, Quantize, Solver
@@ -43,18 +42,9 @@ class GPTQ(Solver):
             solved, _ = eliminate(layer, lambda start, stop, *_: mask[:, start:stop], quantize, self.config.damping)
             return solved, mask
         order = gram.diagonal().argsort(descending=True, stable=True)
-        sorted_mask, places = mask[:, order], order.tolist()
-
-        def one_by_one(values: Tensor, part: slice) -> Tensor:
-            assert quantize is not None
-            moved = [quantize(values[:, [index]], slice(place, place + 1)) for index, place in enumerate(places[part])]
-            return torch.cat(moved, dim=1)
-
         permuted = LayerProblem(layer.name, layer.weight[:, order], gram[order][:, order])
+        sorted_mask, places = mask[:, order], order.tolist()
         solved, _ = eliminate(
-            permuted,
-            lambda start, stop, *_: sorted_mask[:, start:stop],
-            None if quantize is None else one_by_one,
-            self.config.damping,
+            permuted, lambda start, stop, *_: sorted_mask[:, start:stop], quantize, self.config.damping, places
         )
         return solved[:, order.argsort()], mask

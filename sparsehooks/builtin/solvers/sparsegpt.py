@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,18 @@ class SparseGPT(Solver):
         return eliminate(layer, choose, quantize, self.config.damping)
 
 
-def eliminate(layer: LayerProblem, choose: Choose, quantize: Quantize | None, damping: float) -> tuple[Tensor, Tensor]:
+def eliminate(
+    layer: LayerProblem,
+    choose: Choose,
+    quantize: Quantize | None,
+    damping: float,
+    places: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Fix the columns from left to right, each error moved into those that follow; see ``Solver.solve``.
 
     With a lower R and H = R^T R, what is lost is the sum over columns j of (sum over i <= j of R_ji d_i)^2, where d
     is what the columns moved by. The inverse that the papers update with is needed within a block only: R_bb^-1.
+    ``places`` says which columns of the grid these are, if they are in another order.
     """
     gram, dead = without_dead(layer.gram)
     # one factorization, of H read backwards: R = J L^T J
@@ -48,9 +57,9 @@ def eliminate(layer: LayerProblem, choose: Choose, quantize: Quantize | None, da
         before = weight[start:stop].clone()
         if start:  # the optimum of what is still free
             weight[start:stop] += inverse @ (root[start:stop, :start] @ moved[:start])
-        _Block(weight[start:stop], mask[start:stop], inverse.t().contiguous(), start, group, strip).solve(
-            choose, quantize
-        )
+        where = range(start, stop) if places is None else places[start:stop]
+        part = _Block(weight[start:stop], mask[start:stop], inverse.t().contiguous(), start, where, group, strip)
+        part.solve(choose, quantize)
         moved[start:stop] = before - weight[start:stop]
     return weight.t().contiguous(), mask.t().contiguous()
 
@@ -63,13 +72,23 @@ class _Block:
         mask: (columns, rows), filled.
         upper: the factor of the inverse, ``[H^-1] = U^T U`` over the columns from these on.
         start: the first of the columns in the layer.
+        places: which columns of the grid they are.
         group: columns that are chosen at once.
         strip: columns whose errors reach the rest of the block in one product.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor, upper: Tensor, start: int, group: int, strip: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        upper: Tensor,
+        start: int,
+        places: Sequence[int],
+        group: int,
+        strip: int,
+    ) -> None:
         self._weight, self._mask, self._upper = weight, mask, upper
-        self._start, self._group, self._strip = start, group, strip
+        self._start, self._places, self._group, self._strip = start, places, group, strip
         self._errors = torch.empty_like(weight)
 
     def solve(self, choose: Choose, quantize: Quantize | None) -> None:
@@ -92,7 +111,7 @@ class _Block:
         old = self._weight[column]
         new = old * self._mask[column]
         if quantize is not None:
-            place = self._start + column
+            place = self._places[column]
             new = quantize(new[:, None], slice(place, place + 1))[:, 0]
         error, row = self._errors[column], self._upper[column, column:last]
         torch.sub(old, new, out=error)
