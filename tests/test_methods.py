@@ -395,6 +395,13 @@ def test_feedback_holds_when_a_raise_is_too_small_to_try():
     assert shares == pytest.approx([0.016, 0, 0.008, 0, 0, 0, 0])
 
 
+def test_feedback_compares_with_no_metric_that_is_not_finite():
+    schedule = Feedback(Feedback.Config(metric="accuracy", drop=0.05, raise_by=0.4))
+    with pytest.raises(SessionError, match="'accuracy' is nan; look at the evaluation"):
+        schedule.observe({"accuracy": float("nan")})
+    assert follow(schedule, [0.9, 0.86], "accuracy") == pytest.approx([0.4, 0.8])
+
+
 def test_feedback_goes_on_where_a_checkpoint_was_made():
     options = Feedback.Config(metric="accuracy", drop=0.05, raise_by=0.4)
     values = [0.9, 0.86, 0.84, 0.9, 0.84, 0.9]

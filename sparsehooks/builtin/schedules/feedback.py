@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -88,6 +89,8 @@ class Feedback(Schedule):
                 f"the schedule 'feedback' follows '{self.config.metric}', and the evaluation gives "
                 f"{', '.join(metrics) or 'nothing'}; set 'metric' to one of them"
             )
+        if not math.isfinite(metrics[self.config.metric]):
+            raise SessionError(f"'{self.config.metric}' is {metrics[self.config.metric]}; look at the evaluation")
         value = metrics[self.config.metric] * (1 if self.config.larger_is_better() else -1)
         if self._reference is None:
             self._reference = value
