@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/sparsehooks demo --out demo-out
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
