@@ -8,7 +8,8 @@ again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -250,9 +251,7 @@ class Activations:
             if run.component.calibrated == "sparsity":
                 run.tables[name] = site.sample.table(run.sparsity)
             else:
-                reach = torch.tensor([run.component.reach(*site.sample.seen())], dtype=torch.float64)
-                distributed.average(reach)
-                run.tables[name] = reach.expand(GRID + 1).clone()
+                run.tables[name] = torch.full((GRID + 1,), _reach(run.component, site.sample), dtype=torch.float64)
         self._fitted(run)
 
     def _fitted(self, run: _Run) -> None:
@@ -280,6 +279,42 @@ class Activations:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _reach(component: Activation, sample: Sample) -> float:
+    """The mean over the ranks."""
+    magnitudes, peaks = sample.seen()
+    reach = peaks.new_tensor([component.reach(magnitudes, peaks)], dtype=torch.float64)
+    distributed.average(reach)
+    return float(reach)
+
+
+@contextmanager
+def exact_inputs(model: nn.Module, batches: Batches) -> Iterator[None]:
+    """Inside, inputs of layers lie on no grids; those that were fitted once are fitted anew at the end."""
+    found = {name: site for name, module in model.named_modules() if (site := vars(module).get("_sparsehooks_site"))}
+    grids = {n: site for n, site in found.items() if site.component.rounds or site.component.calibrated == "range"}
+    amounts = {name: site.amount for name, site in grids.items()}
+    recorder = Recorder(on=True)
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder.padding = Padding.of_call(module, args, kwargs)
+
+    for site in grids.values():
+        site.amount = None
+    yield
+    fitted = {name: site for name, site in grids.items() if site.component.calibrated == "range"}
+    for name, site in fitted.items():
+        site.sample = Sample(name, recorder)
+    hook = model.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        if fitted:
+            batches.run()
+    finally:
+        hook.remove()
+    for name, site in grids.items():
+        site.amount = amounts[name] if site.sample is None else _reach(site.component, site.sample)
+        site.sample = None
 
 
 def recorded(model: nn.Module) -> dict[str, Any]:

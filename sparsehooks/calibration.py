@@ -50,17 +50,17 @@ class Calibration:
 
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         self._model = model
-        self._batches = batches
+        self.batches = batches
 
     def prune(self, masks: Masks, pruner: Pruner, on_grid: OnGrid) -> Mapping[str, MaskChange]:
         """Choose the masks of a stage, and solve for what stays."""
         with measuring(self._model), torch.no_grad():
-            return _Stage(self._model, self._batches, masks, pruner, on_grid).run()
+            return _Stage(self._model, self.batches, masks, pruner, on_grid).run()
 
     def visit(self, targets: Sequence[Target], visit: Visit, needs: Collection[Need]) -> None:
         """Visit targets one after the other, each with what enters it; see ``in_order``."""
         with measuring(self._model), torch.no_grad():
-            in_order(self._batches, targets, visit, needs)
+            in_order(self.batches, targets, visit, needs)
 
 
 class _Stage:

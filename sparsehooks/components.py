@@ -368,9 +368,14 @@ class Regularizer(ComponentBase):
 
 
 class Solver(ComponentBase):
-    """How are the survivors of a layer repaired, without training?"""
+    """How are the survivors of a layer repaired, without training?
+
+    Attributes:
+        serves: the stages in which it does something.
+    """
 
     kind = "solver"
+    serves: ClassVar[frozenset[Literal["prune", "quantize"]]] = frozenset({"prune", "quantize"})
 
     def balance(self, problem: BalanceProblem) -> Tensor | None:
         """Make layers that share their input easier to quantize: by what to divide each feature of the input.
@@ -469,10 +474,12 @@ class Quantizer(ComponentBase):
 
     Attributes:
         learned: the names of the tensors of a grid that train.
+        trains_weights: whether weights go on training once they are on the grid, or only what the grid learns.
     """
 
     kind = "quantizer"
     learned: ClassVar[tuple[str, ...]] = ()
+    trains_weights: ClassVar[bool] = True
 
     @property
     def follows(self) -> bool:

@@ -17,6 +17,7 @@ from sparsehooks.components import (
     Pattern,
     Quantizer,
     Schedule,
+    Solver,
 )
 from sparsehooks.decoding import decode
 from sparsehooks.discovery import require
@@ -222,10 +223,15 @@ def _misused(planned: PlannedStage) -> list[str]:
     if "grow" in components and cast(Criterion, components["grow"].create()).samples:
         name = components["grow"].record.component.name
         problems.append(f"{planned.path}.grow: '{name}' collects gradients before it decides; use 'gradient'")
+    if "solver" in components and stage.action not in (serves := cast(type[Solver], components["solver"].cls).serves):
+        name = components["solver"].record.component.name
+        problems.append(f"{planned.path}.solver: '{name}' does nothing here; it serves {' and '.join(sorted(serves))}")
     if "schedule" not in components:
         return problems
     schedule = cast(Schedule, components["schedule"].create())
     where = f"{planned.path}.schedule: '{components['schedule'].record.component.name}'"
+    if isinstance(stage, QuantizeStage) and hasattr(schedule.config, "end"):
+        problems.append(f'{where} is gradual, and a grid begins at once; use {{ use = "oneshot", start = 0.5 }}')
     if not isinstance(stage, PruneStage):
         if schedule.adaptive:
             problems.append(f"{where} follows what pruning does to a metric; use another")
@@ -446,6 +452,8 @@ def _moments(plan: Plan) -> list[str]:
             continue
         schedule = cast(Schedule, planned.components["schedule"].create())
         first, last = schedule.window(total)
+        if isinstance(planned.stage, QuantizeStage) and "quantize" in planned.components:
+            problems += _freezing(plan, planned, first, total)
         if last > total:
             problems.append(f"{planned.path}.schedule: acts until step {last}, but the run has {total} steps")
         elif hasattr(schedule.config, "end") and last <= first:
@@ -458,6 +466,40 @@ def _moments(plan: Plan) -> list[str]:
                     "name an earlier step"
                 )
     return problems
+
+
+def _freezing(plan: Plan, planned: PlannedStage, first: int, total: int) -> list[str]:
+    """What cannot be, of a grid that begins after ``first`` steps."""
+    stage, quantizer = cast(QuantizeStage, planned.stage), cast(Quantizer, planned.components["quantize"].cls)
+    problems = []
+    if stage.freeze is not None and total:
+        step = stage.freezes(total)
+        if step > total:
+            problems.append(f"{planned.path}.freeze: is step {step}, but the run has {total} steps")
+        elif quantizer.learned and step <= first:
+            problems.append(
+                f"{planned.path}.freeze: is step {step}, and '{stage.quantize.use}' begins to learn at step {first}; "
+                "name a later one"
+            )
+    if quantizer.trains_weights:
+        return problems
+    weights = {target.parameter for target in planned.targets}
+    for other in plan.stages:
+        if not isinstance(other.stage, PruneStage) or not weights & {target.parameter for target in other.targets}:
+            continue
+        if {"prune", "schedule"} <= other.components.keys() and _needs_weights_to_train(other):
+            last = cast(Schedule, other.components["schedule"].create()).window(total)[1]
+            if last > first:
+                problems.append(
+                    f"{planned.path}.schedule: from step {first} on '{stage.quantize.use}' trains its values alone, "
+                    f"and {other.path} follows the weights until step {last}; let it start later"
+                )
+    return problems
+
+
+def _needs_weights_to_train(planned: PlannedStage) -> bool:
+    criterion = cast(Criterion, planned.components["prune"].cls)
+    return criterion.acts == "forward" or "grow" in planned.components or bool(criterion.needs & {Need.GRADIENT})
 
 
 def _check_teacher(name: str) -> None:

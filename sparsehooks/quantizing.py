@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsehooks import swapping
+from sparsehooks.activations import exact_inputs
 from sparsehooks.components import Need, Quantizer, Solver
 from sparsehooks.masks import check_finite
 from sparsehooks.plan import PlannedStage
@@ -57,23 +58,30 @@ class QuantizeRun:
     def write(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Project these weights, by their names; only after all masks are written.
 
-        What has shrunk since its grid was found gets a new one.
+        Where a solver is at work, after the model has shrunk; else before, so that what was trained on is what stays.
         """
         targets = [target for target in self._stage.targets if self._begun and target.parameter in weights]
-        if self._solver is not None and self._run.calibration is not None:
-            free = [target for target in targets if target.parameter not in self._grids]
-            rounding = Rounding(self._stage, self._quantizer, self._solver, self._run)
-            self._run.calibration.visit(free, rounding.visit, {Need.GRAM} | self._solver.needs)
-            self._grids |= rounding.grids
+        if self.solves:
+            self._solve(targets)
         for target in targets:
             weight = weights[target.parameter]
             matrix = target.matrix(weight)
             self._check(target, matrix)
             with attributed(self._stage.components["quantize"].record):
-                grid = self._grid(target) if matrix.shape == target.matrix_shape else None
-                grid = self._quantizer.grid(matrix) if grid is None else grid
+                grid = self._grid(target) or self._quantizer.grid(matrix)
                 found = self._quantizer.dequantize(self._quantizer.quantize(matrix, grid), grid, matrix.dtype)
             weight.copy_(target.restore(found, weight.shape))
+        self._grids.clear()  # the values say it all
+
+    @property
+    def solves(self) -> bool:
+        """Whether a solver puts the weights on their grids, by calibration batches."""
+        return self._solver is not None and self._run.calibration is not None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the grids hold what the weights alone do not tell."""
+        return not self._quantizer.follows or cast(QuantizeStage, self._stage.stage).freeze is not None
 
     def on_grid(self, target: Target, matrix: Tensor) -> Quantize | None:
         """The columns' way onto the grid of this matrix, for a solver that prunes too; None if it is not to solve."""
@@ -97,6 +105,17 @@ class QuantizeRun:
         if self._begun:
             self._learn()
             self._swap()
+
+    def _solve(self, targets: Sequence[Target]) -> None:
+        calibration, solver = self._run.calibration, self._solver
+        assert calibration is not None
+        assert solver is not None
+        free = [target for target in targets if target.parameter not in self._grids]
+        rounding = Rounding(self._stage, self._quantizer, solver, self._run, self._grids.keys())
+        with exact_inputs(self._run.model, calibration.batches):
+            calibration.visit(free, rounding.visit, {Need.GRAM} | solver.needs)
+        rounding.end()
+        self._grids |= rounding.grids
 
     @torch.no_grad()
     def _fit(self) -> None:

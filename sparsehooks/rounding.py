@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sparsehooks.balancing import Balance, balances
 from sparsehooks.components import Quantizer, Solver
+from sparsehooks.errors import SessionError
 from sparsehooks.masks import check_finite
 from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
@@ -42,23 +44,41 @@ class Rounding:
         quantizer: of the stage.
         solver: of the stage.
         run: of the session.
+        fixed: the names of weights that lie on their grids already.
 
     Attributes:
         grids: on which each weight lies now, by its name.
     """
 
-    def __init__(self, stage: PlannedStage, quantizer: Quantizer, solver: Solver, run: Run) -> None:
-        self._stage, self._quantizer, self._solver, self._run = stage, quantizer, solver, run
+    def __init__(
+        self, stage: PlannedStage, quantizer: Quantizer, solver: Solver, run: Run, fixed: Collection[str]
+    ) -> None:
+        self._stage, self._quantizer, self._solver, self._run, self._fixed = stage, quantizer, solver, run, fixed
+        self._scaled = 0
         self.grids: dict[str, Grid] = {}
 
     def visit(self, targets: Sequence[Target], evidence: Evidence, rerun: Rerun | None) -> None:
         """Balance and solve targets that were measured together."""
         known: dict[str, Mapping[str, Any]] = dict(evidence)
-        if rerun is not None and type(self._solver).balance is not Solver.balance:
-            for balance in balances(self._run.model, targets, known, rerun):
+        if rerun is not None and self._scales:
+            for balance in balances(self._run.model, targets, known, rerun, self._fixed):
                 self._balance(balance, known)
         for target in targets:
             self._solve(target, known[target.parameter])
+
+    def end(self) -> None:
+        """Warn if the solver scales inputs, and found none that it can scale."""
+        if self._scales and self.grids and not self._scaled:
+            name = self._stage.components["solver"].record.component.name
+            warnings.warn(
+                f"{self._stage.label}: '{name}' found no input that it can scale, and only rounded to the nearest; "
+                "use 'gptq'",
+                stacklevel=2,
+            )
+
+    @property
+    def _scales(self) -> bool:
+        return type(self._solver).balance is not Solver.balance
 
     def _balance(self, balance: Balance, known: dict[str, Mapping[str, Any]]) -> None:
         weights = {t.parameter: t.matrix(self._run.weight(t).detach()).float() for t in balance.targets}
@@ -74,6 +94,7 @@ class Rounding:
             return
         check_finite(f"factors of the inputs of '{balance.targets[0].parameter}'", factors, "exclude the layer")
         balance.apply(factors)
+        self._scaled += 1
         for target in balance.targets:
             gram = shared["gram"] / (factors[:, None] * factors)
             known[target.parameter] = {**known[target.parameter], "gram": gram}
@@ -82,8 +103,11 @@ class Rounding:
         name, weight = target.parameter, self._run.weight(target)
         matrix = target.matrix(weight.detach())
         check_finite(f"weights of '{name}'", matrix, "the model is damaged")
-        mask = self._run.masks.masks.get(name)
-        keep = torch.ones_like(matrix, dtype=torch.bool) if mask is None else target.matrix(mask)
+        with attributed(self._stage.components["quantize"].record):
+            reason = self._quantizer.check(matrix.shape)
+        if reason is not None:
+            raise SessionError(f"{self._stage.label}: '{name}' has shrunk, and {reason}; exclude it")
+        keep = matrix != 0  # a weight that is sparse stays so, whoever has pruned it
         self.grids[name], project = fitted(self._stage, self._quantizer, matrix)
         gram, before = evidence["gram"], matrix.float()
         nearest = project(before * keep, slice(0, matrix.shape[1]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsehooks import swapping
 from sparsehooks.activations import Activations, recorded
 from sparsehooks.batches import Batches
-from sparsehooks.components import Activation, ComponentBase, Distiller, Schedule
+from sparsehooks.components import Activation, ComponentBase, Distiller, Schedule, step_of
 from sparsehooks.distillation import Distillation
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
@@ -251,8 +251,13 @@ class Session:
 
     @property
     def learns(self) -> bool:
-        """Whether criteria learn tensors beside the weights, which only the state of this session has."""
-        return any(pruning.learns for pruning in self._pruning.values())
+        """Whether components learn tensors beside the weights, which only the state of this session has."""
+        acting = [objects["activation"] for objects in self._objects.values() if "activation" in objects]
+        return (
+            any(pruning.learns for pruning in self._pruning.values())
+            or any(quantizing.learns for quantizing in self._quantizing.values())
+            or any(cast(Activation, component).learned for component in acting)
+        )
 
     def take_learned(self, optimizer: Mapping[str, Any]) -> None:
         """Call after the loop has gone back to the weights of a checkpoint: to its masks and what was learned, too.
@@ -288,16 +293,23 @@ class Session:
         self.masks.clear_signs()
         self._activations.finish()
         self._unswap()
+        self._round_and_shrink()
+        self._metadata = self.manager.artifact_metadata(self.view)
+        self._end(None)
+
+    def _round_and_shrink(self) -> None:
+        """Solvers come last: they measure what the model that has shrunk gives."""
+        for quantizing in self._quantizing.values():
+            if not quantizing.solves:
+                quantizing.write(self._weights)
         if any(isinstance(stage.stage, ShrinkStage) for stage in self.plan.stages):
             from sparsehooks.shrinking import shrink
 
             self._shrunk = shrink(self._model, self.masks.masks)
         left = {id(weight) for weight in self._model.parameters()}
-        weights = {name: weight for name, weight in self._weights.items() if id(weight) in left}
         for quantizing in self._quantizing.values():
-            quantizing.write(weights)
-        self._metadata = self.manager.artifact_metadata(self.view)
-        self._end(None)
+            if quantizing.solves:
+                quantizing.write({name: weight for name, weight in self._weights.items() if id(weight) in left})
 
     def abort(self, error: BaseException | None = None) -> None:
         """End the run early: undo every swap and leave the weights as they are. Does nothing after ``finish``."""
@@ -432,10 +444,16 @@ class Session:
     def complete(self) -> bool:
         """Whether every schedule has ended: only checkpoints from here on are what the recipe asks for."""
         return all(
-            self.step >= self._schedule(stage).window(self.total_steps)[1] and not self._pending(stage)
+            self.step >= self._end_of(stage) and not self._pending(stage)
             for stage in self.plan.stages
             if "schedule" in stage.components
         )
+
+    def _end_of(self, stage: PlannedStage) -> int:
+        """The step after which a stage changes nothing more of itself."""
+        last = self._schedule(stage).window(self.total_steps)[1]
+        freeze = getattr(stage.stage, "freeze", None)
+        return last if freeze is None else max(last, step_of(freeze, self.total_steps))
 
     def _schedule(self, stage: PlannedStage) -> Schedule:
         return cast(Schedule, self._objects[stage.index]["schedule"])

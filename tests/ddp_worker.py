@@ -16,6 +16,7 @@ RECIPE = {
         {**prune()["stage"][0], "allocation": "global"},
         {"distill": {"use": "hidden"}},
         {"quantize": {"use": "lsq", "bits": 4}, "schedule": {"use": "oneshot", "start": 0.3}},
+        {"quantize": "kmeans", "targets": ["Embedding"], "schedule": {"use": "oneshot", "start": 0.5}},
         {"activation": {"use": "pact", "batches": 2}, "targets": ["*output.dense"]},
     ]
 }

@@ -370,3 +370,50 @@ def test_a_layer_that_training_never_calls_is_not_quantized():
     model = torch.nn.TransformerEncoderLayer(8, 2, 16)
     with pytest.raises(PlanError, match=r"'self_attn.out_proj' is never called"):
         Plan.build(Recipe.from_dict({"stage": [{"quantize": "int8"}]}), PluginManager(), model)
+
+
+# ---------------------------------------------------------------------------------------------------- quantization
+
+LATE = {"use": "oneshot", "start": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"quantize": "int8", "freeze": 100}], ".freeze: is step 100, but the run has 20 steps"),
+        (
+            [{"quantize": "lsq", "freeze": 10, "schedule": LATE}],
+            ".freeze: is step 10, and 'lsq' begins to learn at step 10",
+        ),
+        ([{"quantize": "int8", "schedule": "cubic"}], ".schedule: 'cubic' is gradual, and a grid begins at once"),
+        (
+            [{"quantize": "kmeans"}, {"prune": "movement", "sparsity": 0.5, "schedule": {"use": "cubic"}}],
+            ".schedule: from step 0 on 'kmeans' trains its values alone, and recipe.stage[1] follows the weights until",
+        ),
+        (
+            [
+                {"quantize": "kmeans", "schedule": LATE},
+                {
+                    "prune": "magnitude",
+                    "sparsity": 0.5,
+                    "grow": "gradient",
+                    "schedule": {"use": "constant", "end": 0.75},
+                },
+            ],
+            ".schedule: from step 10 on 'kmeans' trains its values alone",
+        ),
+    ],
+)
+def test_grids_that_cannot_be_are_said(stages, said):
+    with pytest.raises(PlanError) as caught:
+        Plan.build(Recipe.from_dict({"stage": stages}), PluginManager(autoload=False), two_layers(), 20)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"recipe.stage[0]{said}")
+
+
+def test_grids_may_begin_where_pruning_has_ended():
+    stages = [
+        {"quantize": "kmeans", "schedule": LATE},
+        {"prune": "movement", "sparsity": 0.5, "schedule": {"use": "cubic", "end": 0.5}},
+    ]
+    Plan.build(Recipe.from_dict({"stage": stages}), PluginManager(autoload=False), two_layers(), 20)

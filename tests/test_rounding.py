@@ -168,9 +168,12 @@ def test_a_sparse_weight_stays_sparse(solver):
     pruned = {"prune": "magnitude", "sparsity": 0.5, "exclude": ["lm_head"]}
     recipe = {"stage": [pruned, {"quantize": "int4", "solver": solver, "exclude": ["lm_head"]}]}
     compress(model, recipe, calibration=batches())
+    apart = tiny_llama()
+    compress(apart, {"stage": recipe["stage"][:1]})
+    compress(apart, {"stage": recipe["stage"][1:]}, calibration=batches())
     for target in find(model, ["Linear"], ["lm_head"])[0]:
-        weight = model.get_parameter(target.parameter)
-        assert int((weight == 0).sum()) >= weight.numel() // 2
+        for weight in (model.get_parameter(target.parameter), apart.get_parameter(target.parameter)):
+            assert int((weight == 0).sum()) >= weight.numel() // 2
 
 
 # ---------------------------------------------------------------------------------------------------------- scales
@@ -262,6 +265,109 @@ def test_awq_takes_the_best_of_its_exponents():
     best = min(lost(factors) for factors in tried)
     assert lost(AWQ().balance(given)) == best < lost(torch.ones(16))
     assert torch.equal(AWQ(AWQOptions(1)).balance(given), torch.ones(16))
+
+
+def smoothed(model, *more):
+    stage = {"quantize": "int8", "solver": "smoothquant", "exclude": ["lm_head"]}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if "norm" in name}
+    compress(model, {"stage": [stage, *more]}, calibration=batches())
+    return sum(not torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+
+
+def test_grids_of_inputs_do_not_hide_what_can_be_scaled():
+    grids = {"activation": "int8", "exclude": ["lm_head"]}, {"activation": "static_int8", "exclude": ["lm_head"]}
+    assert smoothed(tiny_llama()) == smoothed(tiny_llama(), grids[0]) == smoothed(tiny_llama(), grids[1]) == 4
+    model = tiny_llama()
+    compress(model, "smoothquant", calibration=batches())
+    assert model.model.layers[0].mlp.up_proj._sparsehooks_site.amount == 1
+
+
+def test_grids_that_were_fitted_once_follow_the_scales():
+    from sparsehooks.activations import recorded
+
+    model = tiny_llama().eval()
+    stages = [{"quantize": "int8", "solver": "smoothquant"}, {"activation": "static_int8"}]
+    compress(model, {"stage": [{**stage, "exclude": ["lm_head"]} for stage in stages]}, calibration=batches())
+    inputs = {}
+    names = recorded(model)
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, n=name: inputs.setdefault(n, []).append(args[0])
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    for name, entry in names.items():  # the first layer sees exactly what was fitted; later ones what rounding moved
+        peak = float(torch.cat([part.flatten() for part in inputs[name]]).abs().max())
+        assert entry["amount"] == pytest.approx(peak, rel=1e-6 if "layers.0.self_attn.q" in name else 0.1)
+
+
+def test_what_other_blocks_share_stays():
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
+    before = model.model.layers[0].input_layernorm.weight.detach().clone()
+    assert smoothed(model) > 0
+    assert torch.equal(model.model.layers[0].input_layernorm.weight, before)
+
+
+def test_what_was_solved_for_already_is_not_scaled():
+    model = tiny_llama()
+    recipe = {
+        "stage": [
+            {"prune": "sparsegpt", "solver": "sparsegpt", "sparsity": 0.5, "targets": ["*up_proj"]},
+            {"quantize": "int4", "solver": "awq", "exclude": ["lm_head"]},
+        ]
+    }
+    compress(model, recipe, calibration=batches())
+    for layer in model.model.layers:
+        weight = layer.mlp.up_proj.weight.detach()
+        assert read_grid(weight, Steps(4)) is not None
+        assert int((weight == 0).sum()) >= weight.numel() // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trying_leaves_no_trace(dtype):
+    model = tiny_llama().to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        producers = [producer for producer, _ in found_balances(model, ["lm_head"])]
+    assert len(producers) == len(found_balances(tiny_llama(), ["lm_head"]))
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
+
+
+def test_a_solver_that_scales_nothing_says_so():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="'awq' found no input that it can scale, and only rounded to the nearest"):
+        compress(model, {"stage": [{"quantize": "int4", "solver": "awq"}]}, calibration=[normal(4, 8)])
+
+
+def test_a_solver_for_the_other_kind_of_stage_is_refused():
+    for stage, said in (
+        ({"quantize": "int4", "solver": "least_squares"}, "'least_squares' does nothing here; it serves prune"),
+        ({"prune": "magnitude", "sparsity": 0.5, "solver": "awq"}, "'awq' does nothing here; it serves quantize"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            compress(tiny_bert(), {"stage": [stage]}, calibration=batches())
+
+
+def test_a_group_that_does_not_fit_what_has_shrunk_is_said():
+    recipe = {
+        "stage": [
+            {"prune": "magnitude", "pattern": "channel", "sparsity": 0.3, "targets": ["*intermediate.dense"]},
+            {"shrink": True},
+            {"quantize": {"use": "int4", "per": "group", "group": 16}, "solver": "gptq", "exclude": ["*pooler*"]},
+        ]
+    }
+    with pytest.raises(SessionError, match=r"output\.dense\.weight' has shrunk, and its .* do not divide"):
+        compress(tiny_bert(), recipe, calibration=batches())
+    del recipe["stage"][2]["solver"]
+    model = tiny_bert()
+    compress(model, recipe)
+    assert model.encoder.layer[0].output.dense.weight.shape[1] % 16
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -644,3 +644,27 @@ def test_a_decompressed_folder_of_a_shrunk_model_opens(tmp_path):
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in opened.state_dict().items())
     assert sum(weight.numel() for weight in opened.parameters()) < sum(w.numel() for w in made("llama").parameters())
+
+
+@pytest.mark.parametrize("quantize", [{"use": "kmeans", "bits": 3}, {"use": "lsq", "bits": 4}, "int4"], ids=str)
+def test_what_was_trained_on_a_grid_stays_there_when_the_model_shrinks(quantize):
+    model = tiny_bert().eval()
+    recipe = {
+        "stage": [
+            {"prune": "magnitude", "pattern": "channel", "sparsity": 0.3, "targets": ["*intermediate.dense"]},
+            {"quantize": quantize, "exclude": ["*pooler*"]},
+            {"shrink": True},
+        ]
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batch = {"input_ids": torch.arange(1, 13)[None]}
+    with sparsehooks.attach(model, optimizer, recipe, total_steps=3):
+        for _ in range(3):
+            model(**batch)[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            during = model(**batch)[0]
+    assert model.encoder.layer[0].intermediate.dense.out_features < 128
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch)[0], during, rtol=1e-5, atol=1e-5)

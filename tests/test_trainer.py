@@ -39,6 +39,7 @@ from transformers import (
 
 import sparsehooks
 from sparsehooks import CompressionCallback, SessionError, attach_trainer
+from sparsehooks.activations import recorded
 from sparsehooks.artifact.folder import Folder
 
 DISTIL = {"distill": {"use": "hidden", "layers": "all"}}
@@ -242,8 +243,47 @@ def test_the_best_weights_are_written_with_the_gates_they_had(tmp_path):
     best = run(tmp_path / "best", load_best_model_at_end=True)
     assert best.state.best_model_checkpoint.endswith("checkpoint-8")
     assert same_state(best.model, run(tmp_path / "stopped", StopAt8()).model)
-    with pytest.raises(SessionError, match="with save_only_model the checkpoints lack what the criterion learns"):
+    with pytest.raises(SessionError, match="the checkpoints lack what the recipe learns beside the model"):
         run(tmp_path / "only", load_best_model_at_end=True, save_only_model=True)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"quantize": {"use": "lsq", "bits": 3, "learning_rate": 0.05}},
+        {"quantize": {"use": "kmeans", "bits": 2, "learning_rate": 0.05}},
+        {"quantize": "int3", "freeze": 4},
+        {"activation": {"use": "pact", "bits": 3, "batches": 1, "learning_rate": 0.05}},
+    ],
+    ids=["lsq", "kmeans", "frozen", "pact"],
+)
+def test_the_best_weights_are_written_on_the_grids_they_had(tmp_path, stage):
+    def run(folder, *callbacks, **options):
+        trainer = Trainer(
+            model=tiny_classifier(),
+            args=arguments(
+                folder,
+                save_strategy="steps",
+                save_steps=4,
+                eval_strategy="steps",
+                eval_steps=4,
+                metric_for_best_model="eval_near",
+                greater_is_better=True,
+                **options,
+            ),
+            train_dataset=labelled(),
+            eval_dataset=labelled(8),
+            compute_metrics=lambda _: {"near": -abs(trainer.state.global_step - 8)},
+            callbacks=[CompressionCallback({"stage": [stage]}), *callbacks],
+        )
+        trainer.train()
+        return trainer
+
+    best = run(tmp_path / "best", load_best_model_at_end=True)
+    assert best.state.best_model_checkpoint.endswith("checkpoint-8")
+    stopped = run(tmp_path / "stopped", StopAt8())
+    assert same_state(best.model, stopped.model)
+    assert recorded(best.model) == recorded(stopped.model)
 
 
 def test_the_sparsity_is_in_the_logs_of_both_doors(tmp_path):

@@ -92,7 +92,7 @@ class CompressionCallback(TrainerCallback):
             )
             if session.learns and args.load_best_model_at_end and args.save_only_model:
                 raise SessionError(
-                    "with save_only_model the checkpoints lack what the criterion learns beside the weights, and "
+                    "with save_only_model the checkpoints lack what the recipe learns beside the model, and "
                     "load_best_model_at_end needs it; leave one of them out"
                 )
             attach = add_loss_terms if self.adds_loss_terms else ask_for_hidden_states

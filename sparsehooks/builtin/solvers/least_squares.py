@@ -17,6 +17,7 @@ class LeastSquares(Solver):
 
     Config = Options
     config: Options
+    serves = frozenset({"prune"})
 
     def solve(self, layer: LayerProblem, choose: Choose, quantize: Quantize | None = None) -> tuple[Tensor, Tensor]:
         """For each row the system of the columns that stay, many rows at once."""
