@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny_bert
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from sparsehooks import PlanError, PluginError, SessionError, compress, read_grid, save_pretrained, use_backend
 from sparsehooks.builtin.backends.int8 import STEPS, Int8Linear, has_vnni
@@ -16,6 +17,7 @@ def batch():
     return {"input_ids": torch.randint(1, 128, (3, 12), generator=torch.Generator().manual_seed(0))}
 
 
+@torch.no_grad()
 def as_int8_does(layer, inputs):
     """The products of whole numbers, exactly."""
     steps = Steps(8 if has_vnni() else 7, symmetric=False)
@@ -36,7 +38,7 @@ def test_int8_computes_with_the_codes():
     assert use_backend(layer_model, "int8") == {}
     found = layer_model(inputs)
     # a value on the edge of two codes may fall to either: a step of the input times the largest weight
-    assert float((found.detach().double() - expected).abs().max()) < 1e-4 * float(expected.detach().abs().max())
+    assert float((found.detach().double() - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
 def test_a_model_runs_nearly_the_same_and_cannot_be_saved(tmp_path):
@@ -55,6 +57,52 @@ def test_a_model_runs_nearly_the_same_and_cannot_be_saved(tmp_path):
     with pytest.raises(SessionError, match="runs as int8 and cannot be saved; save the model before use_backend"):
         save_pretrained(model, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_it_takes_what_linear_takes():
+    model = nn.Sequential(nn.Linear(16, 8))
+    compress(model, {"stage": [{"quantize": "int8"}]})
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    use_backend(model, "int8")
+    inputs = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
+    expected = model(inputs)
+    assert model(inputs[0, 0]).shape == (8,)
+    assert model(inputs[:0]).shape == (0, 3, 8)
+    half = model(inputs.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.05)
+    with pytest.raises(RuntimeError):
+        model(inputs.reshape(2, 6, 8))
+    layer = model[0]
+    assert (layer.weight.shape, layer.weight.dtype) == ((8, 16), torch.float32)
+    assert torch.equal(layer.weight.detach(), weight)
+    assert torch.equal(
+        nn.functional.linear(inputs, layer.weight, layer.bias), nn.functional.linear(inputs, weight, bias)
+    )
+
+
+def test_t5_reads_the_dtype_of_a_weight():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    model = T5EncoderModel(T5Config(vocab_size=128, num_layers=2, **sizes)).eval()
+    compress(model, {"stage": [{"quantize": "int8"}]})
+    with torch.no_grad():
+        before = model(**batch())[0]
+        assert use_backend(model, "int8") == {}
+        after = model(**batch())[0]
+    assert 0 < float((after - before).abs().max()) < 0.1 * float(before.abs().max())
+
+
+def test_torchs_own_encoder_runs_the_layers():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    compress(model, {"stage": [{"quantize": "int8", "exclude": ["self_attn*"]}]})
+    inputs = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before = model(inputs)
+        use_backend(model, "int8", exclude=["self_attn*"])
+        after = model(inputs)
+    assert 0 < float((after - before).abs().max()) < 0.1
 
 
 def test_a_threshold_stays():

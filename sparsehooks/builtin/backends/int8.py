@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from sparsehooks import Backend, SessionError, Steps, Support, read_grid
 
@@ -58,14 +59,23 @@ class Int8Linear(nn.Module):
             # torch deprecates its quantized tensors, but its fastest int8 kernel still takes no other
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
             codes = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)  # the weight lies on this grid
-        bias = None if layer.bias is None else layer.bias.detach()
-        self._packed: Any = torch.ops.quantized.linear_prepack(codes, bias)
+        self.bias = None if layer.bias is None else layer.bias.detach()
+        self._packed: Any = torch.ops.quantized.linear_prepack(codes, self.bias)
         self._reduce_range = not has_vnni()
 
+    @property
+    def weight(self) -> Tensor:
+        """Float32, for models that read it; unpacked only where its numbers are used."""
+        shape = self.out_features, self.in_features
+        made: Any = Tensor._make_wrapper_subclass(Unpacked, shape, dtype=torch.float32)
+        made.packed = self._packed
+        return cast(Tensor, made)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """The product of the rounded inputs, float32."""
-        found: Tensor = torch.ops.quantized.linear_dynamic(input, self._packed, self._reduce_range)
-        return found
+        """The product of the rounded inputs, in their dtype."""
+        rows = input.to(torch.float32).reshape(-1, input.shape[-1])
+        found: Tensor = torch.ops.quantized.linear_dynamic(rows, self._packed, self._reduce_range)
+        return found.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
     def extra_repr(self) -> str:
         """As torch's layers show."""
@@ -73,6 +83,29 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise SessionError(f"'{prefix[:-1]}' runs as int8 and cannot be saved; save the model before use_backend")
+
+
+class Unpacked(Tensor):
+    """A packed weight in float32: its shape and dtype cost nothing, every operation on it unpacks the numbers."""
+
+    packed: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As without one; ``nn.TransformerEncoderLayer`` sees that there is one, and calls its layers."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """The operation on the numbers."""
+
+        def unpack(weight: Unpacked) -> Tensor:
+            codes: Tensor = torch.ops.quantized.linear_unpack(weight.packed)[0]
+            return codes.dequantize()
+
+        args, kwargs = tree_map_only(cls, unpack, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def has_vnni() -> bool:
