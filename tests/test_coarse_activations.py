@@ -44,6 +44,14 @@ def test_tokens_have_scales_of_their_own(bits):
     assert int((found / scales).round().abs().max()) == most
 
 
+def test_of_images_each_has_a_scale():
+    values = normal(3, 2, 4, 4) * torch.tensor([1e-3, 1.0, 1e3]).reshape(3, 1, 1, 1)
+    values[:, 1] *= 1e-3
+    found = Dynamic().apply(values, 1.0)
+    scales = values.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+    torch.testing.assert_close(found, (values / scales).round() * scales, rtol=2**-15, atol=0)
+
+
 def test_nothing_happens_before_the_schedule_begins():
     values = normal(2, 8)
     assert Dynamic().apply(values, 0.0) is values
@@ -90,11 +98,23 @@ def test_the_gradient_of_pact():
     assert alpha.grad.item() == 5 + 6
 
 
+@pytest.mark.parametrize("start", [0.0, -0.5])
+def test_a_level_of_pact_that_fell_below_zero_rises_again(start):
+    alpha = torch.tensor(start, requires_grad=True)
+    inputs = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
+    found = Pact().apply(inputs, alpha)
+    assert bool(((found >= 0) & (found < 1e-5)).all())
+    (found - inputs.clamp(min=0)).square().sum().backward()
+    assert alpha.grad < -4, "both positive values ask for more, and no other one speaks"
+    assert torch.equal(Pact().apply(inputs, 0.0), found), "as it will be saved"
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: DynamicOptions(9), "'bits' = 9 is outside 2 to 8"),
         (lambda: StaticOptions(percentile=float("nan")), "'percentile' = nan"),
+        (lambda: StaticOptions(percentile=99.0), "'percentile' = 99.0 has no effect with range = \"min_max\""),
         (lambda: StaticOptions(averaging=0.0), "'averaging' = 0.0"),
         (lambda: StaticOptions(batches=0), "'batches' must be at least 1"),
         (lambda: PactOptions(start=0.0), "'start' = 0.0 is not a positive number"),

@@ -31,7 +31,8 @@ class DynamicOptions(Options):
     """The options of grids that are fitted while the model runs.
 
     Attributes:
-        per: what shares a scale: each token, or the whole batch ("tensor").
+        per: what shares a scale: each token, or the whole batch ("tensor"). Of four dimensions, as of images before
+            Conv2d, each sample; of three the second one counts the tokens, which before Conv1d is wrong: use "tensor".
         symmetric: whether the codes lie around zero; else the range is fitted at both ends.
     """
 
@@ -54,7 +55,10 @@ class Dynamic(Activation):
         """From the schedule's start on."""
         if amount == 0.0:
             return values
-        rows = values.reshape(1, -1) if self.config.per == "tensor" else values.reshape(-1, values.shape[-1])
+        if self.config.per == "tensor":
+            rows = values.reshape(1, -1)
+        else:
+            rows = values.flatten(1) if values.dim() == 4 else values.reshape(-1, values.shape[-1])
         steps = Steps(self.config.bits, self.config.symmetric)
         grid = steps.fit(*min_max(rows))
         return fake_quantize(rows, grid["scales"], grid.get("zeros"), steps, clips=False).reshape(values.shape)
@@ -84,6 +88,11 @@ class StaticOptions(Options):
         super().__post_init__()
         if not 50 < self.percentile <= 100:
             raise ValueError(f"'percentile' = {self.percentile} is outside (50, 100]")
+        if self.percentile != StaticOptions.percentile and self.range != "percentile":
+            raise ValueError(
+                f"'percentile' = {self.percentile} has no effect with range = \"{self.range}\"; "
+                'add range = "percentile", or leave it out'
+            )
         if not 0 < self.averaging <= 1:
             raise ValueError(f"'averaging' = {self.averaging} is outside (0, 1]")
         if self.batches < 1:
@@ -150,7 +159,8 @@ class PactOptions(Options):
 class Pact(Activation):
     """``clip(x, 0, alpha)`` in equal steps, with an alpha that trains (Choi et al. 2018, arXiv:1805.06085).
 
-    For layers whose inputs are not negative, as ReLU leaves them: what is negative becomes zero.
+    For layers whose inputs are not negative, as ReLU leaves them: what is negative becomes zero. An alpha that training
+    has brought below 1e-6 counts as 1e-6, and its gradient can raise it again.
     """
 
     Config = PactOptions
@@ -181,6 +191,7 @@ class Pact(Activation):
 class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, alpha: Tensor, steps: Steps) -> Tensor:
+        alpha = alpha.clamp(min=1e-6)
         above = values >= alpha
         ctx.save_for_backward((values > 0) & ~above, above)
         scale = significant((alpha / steps.most).clamp(min=2.0**-126).reshape(1), 16)
