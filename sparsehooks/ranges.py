@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsehooks.grids import Steps, min_max
 
@@ -20,6 +21,8 @@ SHRINKS = 80
 """How many ranges the search for the least squared error tries, from the whole range down to a fifth of it."""
 BINS = 2048
 """Bins of the histogram whose clipped versions are compared by their entropy."""
+TINY = 1e-12
+"""Counts where a logarithm needs more than zero."""
 
 
 def percentile(blocks: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -67,21 +70,34 @@ def _entropy_limit(magnitudes: Tensor, steps: Steps) -> Tensor:
     top = float(magnitudes.max())
     histogram = torch.histc(magnitudes, BINS, 0, top).double()
     levels = steps.most if steps.symmetric else steps.most // 2 + 1
-    found = []
-    for end in range(levels, BINS + 1):
-        clipped = histogram[:end].clone()
-        clipped[-1] += histogram[end:].sum()
-        level = torch.arange(end, device=histogram.device) * levels // end
-        sums, full = torch.zeros(2, levels, dtype=torch.float64, device=histogram.device)
-        sums.index_add_(0, level, histogram[:end])
-        full.index_add_(0, level, (histogram[:end] > 0).double())
-        spread = torch.where(histogram[:end] > 0, (sums / full.clamp(min=1))[level], 0)
-        kept = clipped > 0
-        spread = spread[kept].clamp(min=1e-12)
-        share = clipped[kept] / clipped.sum()
-        found.append((share * (share / (spread / spread.sum())).log()).sum())
-    best = int(torch.stack(found).argmin()) + levels
+    best = int(_divergences(histogram, levels).argmin()) + levels
     return torch.full((), top * best / BINS, device=magnitudes.device)
+
+
+def _divergences(histogram: Tensor, levels: int) -> Tensor:
+    """Of the histogram cut after ``levels`` bins, one bin more, ... and all bins, from cumulative sums.
+
+    Of the first ``end`` bins, with what lies beyond them counted in the last, bin ``b`` has the level ``b * levels //
+    end``; a level's counts are spread evenly over its bins that are not empty. An empty last bin takes next to nothing
+    of them, and where all bins are empty nothing can be compared.
+    """
+    ends = torch.arange(levels, len(histogram) + 1, device=histogram.device)
+    edges = -(-ends[:, None] * torch.arange(levels + 1, device=histogram.device) // levels)  # of the levels, rounded up
+
+    def before(values: Tensor) -> Tensor:
+        return F.pad(values.cumsum(0), (1, 0))
+
+    counts, filled = before(histogram), before((histogram > 0).double())
+    members, bins = counts[edges].diff(), filled[edges].diff()
+    inside, total, last = counts[ends], counts[-1], histogram[ends - 1]
+    beyond = total - inside
+    alone = torch.where(last == 0, beyond, 0)
+    spread = members / bins.clamp(min=1)
+    members[:, -1] += beyond - alone
+    cross = torch.xlogy(members, spread).sum(dim=1) + torch.xlogy(alone, TINY)
+    cross -= total * (inside + TINY * (alone > 0)).log()
+    own = before(torch.xlogy(histogram, histogram))[ends - 1] + torch.xlogy(last + beyond, last + beyond)
+    return ((own - total * total.log() - cross) / total).masked_fill(inside == 0, torch.inf)
 
 
 def half_quadratic(

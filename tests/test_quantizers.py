@@ -11,9 +11,10 @@ from sparsehooks.builtin.quantizers.kmeans import KMeans, Options as KMeansOptio
 from sparsehooks.builtin.quantizers.levels import NF4, APoT, APoTOptions, NF4Options
 from sparsehooks.builtin.quantizers.lsq import Lsq, Options as LsqOptions
 from sparsehooks.builtin.quantizers.uniform import Options, Uniform
+from sparsehooks.builtin.solvers.damping import Options as Damping
 from sparsehooks.grids import Steps, significant
 from sparsehooks.plugins import PluginManager
-from sparsehooks.ranges import find_range
+from sparsehooks.ranges import _divergences, find_range
 from sparsehooks.testing import check_component
 
 
@@ -22,7 +23,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 UNIFORM = [
-    Options(bits, symmetric, per, 8)
+    Options(bits, symmetric, per, **({"group": 8} if per == "group" else {}))
     for bits, symmetric, per in itertools.product((2, 3, 4, 5, 6, 7, 8), (True, False), ("tensor", "channel", "group"))
 ]
 
@@ -154,6 +155,42 @@ def test_the_best_clip_of_a_normal_distribution():
     assert abs(high.item() - best.item()) < 0.1
 
 
+def divergence(histogram, end, levels):
+    """Migacz's, bin by bin."""
+    clipped = histogram[:end].clone()
+    clipped[-1] += histogram[end:].sum()
+    level = torch.arange(end) * levels // end
+    spread = torch.zeros(end, dtype=torch.float64)
+    for index in range(levels):
+        there = (level == index) & (histogram[:end] > 0)
+        if there.any():
+            spread[there] = histogram[:end][there].sum() / there.sum()
+    kept = clipped > 0
+    spread = spread[kept].clamp(min=1e-12)
+    share = clipped[kept] / clipped.sum()
+    return float((share * (share / (spread / spread.sum())).log()).sum())
+
+
+@pytest.mark.parametrize("levels", [1, 2, 8, 127, 128])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_divergences_from_sums_are_those_bin_by_bin(levels, gaps):
+    histogram = torch.histc(normal(1, 5000).abs() ** 2, 300, 0).double()
+    if gaps:
+        histogram[torch.rand(300, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+        histogram[3] = 10
+    found = _divergences(histogram, levels)
+    assert len(found) == 300 - levels + 1
+    for end in range(levels, 301, 7):
+        if histogram[:end].sum():
+            assert abs(float(found[end - levels]) - divergence(histogram, end, levels)) < 1e-9
+
+
+@pytest.mark.parametrize("far", [[1.0] * 9, [0.9, 0.95, 1.0]])
+def test_entropy_clips_not_all_values_that_are_far_from_zero(far):
+    _, high = find_range(torch.tensor([[*far, *(-value for value in far)]]), "entropy", Steps(8), 99.9)
+    assert high.item() >= min(far)
+
+
 def test_entropy_clips_a_long_tail():
     weight = torch.cat([normal(1, 100_000), torch.full((1, 5), 40.0)], dim=1)
     _, high = find_range(weight, "entropy", Steps(8), 99.9)
@@ -265,7 +302,7 @@ def test_a_centroid_receives_the_sum_of_its_members_gradients():
     expected = [float(upstream[grid["codes"] == code].sum()) for code in range(1, 4)]
     torch.testing.assert_close(grid["codebook"].grad[1:], torch.tensor(expected))
     assert grid["codebook"].grad[0] == 0
-    assert learning.grad is None
+    assert torch.equal(learning.grad, torch.zeros(6, 40)), "without a gradient DDP would wait for it"
 
 
 # ------------------------------------------------------------------------------------------------------------- levels
@@ -283,8 +320,19 @@ def test_the_levels_of_powers_of_two(bits):
     assert len(levels) == 2**bits - 1
     assert torch.equal(levels, -levels.flip(0))
     assert levels[-1] == 1
-    if bits == 3:
-        assert levels[levels >= 0].tolist() == [0, 0.25, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("bits", "sums", "top"),
+    [
+        (3, [0, 1, 2, 4], 4),  # {0, 2^-1, 2^-2, 2^-3}
+        (4, [0, 1, 2, 3, 4, 6, 8, 10], 10),  # {0, 2^-1, 2^-2, 2^-4} + {0, 2^-3}
+        (5, [0, 1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 32, 33, 36, 48], 48),  # 2^-1, 2^-3, 2^-5 and 2^-2, 2^-4, 2^-6
+    ],
+)
+def test_the_levels_that_the_authors_of_apot_publish(bits, sums, top):
+    levels = APoT(APoTOptions(bits)).levels("cpu")
+    torch.testing.assert_close(levels[levels >= 0] * top, torch.tensor(sums, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -308,7 +356,13 @@ def test_a_scale_of_nf4_is_the_largest_of_its_block(double):
         (lambda: Options(group=0), "'group' = 0"),
         (lambda: Options(percentile=math.nan), "'percentile' = nan"),
         (lambda: Options(range="entropy"), 'add per = "tensor"'),
+        (lambda: Options(group=64), '\'group\' = 64 has no effect with per = "channel"; add per = "group"'),
+        (lambda: Options(percentile=99.0), "'percentile' = 99.0 has no effect with range = \"min_max\"; add range"),
         (lambda: LsqOptions(1), "'bits' = 1"),
+        (lambda: LsqOptions(learning_rate=math.inf), "'learning_rate' = inf is not a positive number"),
+        (lambda: KMeansOptions(learning_rate=math.inf), "'learning_rate' = inf is not a positive number"),
+        (lambda: APoTOptions(learning_rate=math.inf), "'learning_rate' = inf is not a positive number"),
+        (lambda: Damping(math.inf), "'damping' = inf is not a positive number"),
         (lambda: LsqOptions(learning_rate=math.nan), "'learning_rate' = nan"),
         (lambda: KMeansOptions(0), "'bits' = 0 is outside 1 to 8"),
         (lambda: NF4Options(0), "'block' = 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -36,20 +37,21 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"'bits' = {self.bits} is outside 1 to 8")
-        if not self.learning_rate > 0:
-            raise ValueError(f"'learning_rate' = {self.learning_rate} is not positive, such as 0.0001")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"'learning_rate' = {self.learning_rate} is not a positive number, such as 0.0001")
 
 
 class KMeans(Quantizer):
     """Few shared values, found by k-means and trained on (Han et al. 2016, arXiv:1510.00149, section 3).
 
     Which weight shares which value is fixed when the stage begins; from then on a value receives the sum of its
-    members' gradients (equation 3), and the weights themselves none. Zeros stay zero.
+    members' gradients (equation 3), and the weights themselves a zero. Zeros stay zero.
     """
 
     Config = Options
     config: Options
     learned: ClassVar[tuple[str, ...]] = ("codebook",)
+    trains_weights = False
 
     def grid(self, weight: Tensor) -> dict[str, Tensor]:
         """``codebook`` float32, zero and then the centroids in ascending order; ``codes`` uint8 or int16, indices."""
@@ -81,7 +83,7 @@ class KMeans(Quantizer):
         if grid is None or not grid["codebook"].requires_grad:
             return super().fake_quantize(weight, grid)
         codes = self.quantize(weight, grid)
-        made: Tensor = _LookUp.apply(grid["codebook"], codes, weight.dtype)  # type: ignore[no-untyped-call]
+        made: Tensor = _LookUp.apply(weight, grid["codebook"], codes)  # type: ignore[no-untyped-call]
         return made
 
     def columns(self, grid: Mapping[str, Tensor], start: int, stop: int) -> Mapping[str, Tensor]:
@@ -98,18 +100,18 @@ class KMeans(Quantizer):
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, codebook: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.size = len(codebook)
-        return codebook[codes.long()].to(dtype).add_(0.0)
+        return codebook[codes.long()].to(weight.dtype).add_(0.0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (codes,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,), (codes,) = gradients, ctx.saved_tensors
         total = torch.zeros(ctx.size, dtype=torch.float32, device=codes.device)
-        total.index_add_(0, codes.flatten().long(), gradients[0].flatten().to(torch.float32))
+        total.index_add_(0, codes.flatten().long(), gradient.flatten().to(torch.float32))
         total[0] = 0.0  # zero stays zero
-        return total, None, None
+        return torch.zeros_like(gradient), total, None  # a zero, not none: DDP waits for every parameter's gradient
 
 
 def clusters(values: np.ndarray, count: int, start: Literal["optimal", "linear"] = "optimal") -> np.ndarray:

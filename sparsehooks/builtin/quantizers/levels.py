@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,14 @@ from sparsehooks import Quantizer, significant
 class Levels(Quantizer):
     """Levels in [-1, 1], zero among them, times a scale for each block of columns."""
 
-    def levels(self, device: torch.device) -> Tensor:
-        """In ascending order, float32."""
+    @property
+    def table(self) -> tuple[float, ...]:
+        """The levels in ascending order, zero in the middle (the lower middle of an even number)."""
         raise NotImplementedError
+
+    def levels(self, device: torch.device) -> Tensor:
+        """The table, float32."""
+        return torch.tensor(self.table, dtype=torch.float32).to(device, non_blocking=True)  # no forward waits for it
 
     def block(self, columns: int) -> int:
         """How many columns share a scale."""
@@ -56,7 +60,7 @@ def nearest(blocks: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     """uint8: the place of the level that times the scale is nearest; zero stays zero."""
     middles = (levels[1:] + levels[:-1]) / 2
     ratio = blocks.to(torch.float32) / scales
-    return torch.bucketize(ratio, middles).to(torch.uint8).masked_fill_(blocks == 0, int((levels == 0).nonzero()))
+    return torch.bucketize(ratio, middles).to(torch.uint8).masked_fill_(blocks == 0, (len(levels) - 1) // 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- NF4
@@ -92,9 +96,10 @@ class NF4(Levels):
             return f"its {shape[1]} input features do not divide by the block of {self.config.block}"
         return None
 
-    def levels(self, device: torch.device) -> Tensor:
+    @property
+    def table(self) -> tuple[float, ...]:
         """Seven below zero, zero, and eight above."""
-        return torch.tensor(_normal_levels(), dtype=torch.float32, device=device)
+        return NORMAL
 
     def block(self, columns: int) -> int:
         """As the options say."""
@@ -111,12 +116,15 @@ class NF4(Levels):
         return {"scales": scales.reshape(len(weight), -1)}
 
 
-@functools.cache
 def _normal_levels() -> tuple[float, ...]:
     edge = 0.9677083  # the middle of the shares that 15 and 16 levels leave out at the end (bitsandbytes)
     above = [NormalDist().inv_cdf(0.5 + (edge - 0.5) * index / 8) for index in range(1, 9)]
     below = [-NormalDist().inv_cdf(0.5 + (edge - 0.5) * index / 7) for index in range(1, 8)]
     return tuple(value / above[-1] for value in sorted([*below, 0.0, *above]))
+
+
+NORMAL = _normal_levels()
+"""The levels of NF4."""
 
 
 # ----------------------------------------------------------------------------------------- additive powers of two
@@ -137,8 +145,8 @@ class APoTOptions:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"'bits' = {self.bits} is outside 2 to 8")
-        if not self.learning_rate > 0:
-            raise ValueError(f"'learning_rate' = {self.learning_rate} is not positive, such as 0.001")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"'learning_rate' = {self.learning_rate} is not a positive number, such as 0.001")
 
 
 class APoT(Levels):
@@ -151,9 +159,10 @@ class APoT(Levels):
     config: APoTOptions
     learned: ClassVar[tuple[str, ...]] = ("log_scales",)
 
-    def levels(self, device: torch.device) -> Tensor:
+    @property
+    def table(self) -> tuple[float, ...]:
         """The sums and their negatives."""
-        return torch.tensor(_power_levels(self.config.bits), dtype=torch.float32, device=device)
+        return POWERS[self.config.bits]
 
     def block(self, columns: int) -> int:
         """All of them."""
@@ -191,16 +200,23 @@ class APoT(Levels):
         return matrix.reshape(1, -1)
 
 
-@functools.cache
 def _power_levels(bits: int) -> tuple[float, ...]:
-    """Equation 5, with k = 2: the sums of one number of each set of 0 and powers of two, scaled to 1."""
-    size = bits - 1  # a bit is the sign
-    terms = size // 2
-    sets = [[0.0] + [2.0 ** -(index + terms * step) for step in range(3)] for index in range(terms)]
-    if size % 2:  # one bit more: a set of two
-        sets.append([0.0, 2.0 ** -(3 * terms)])
+    """Equation 5, with k = 2: the sums of one number of each set of 0 and powers of two, scaled to 1.
+
+    The powers are dealt to the sets in turn, for three rounds. Where a bit is left, a set of its own takes one power
+    between the second round and the third (github.com/yhhhli/APoT_Quantization, ``build_power_value``).
+    """
+    terms, left = divmod(bits - 1, 2)  # a bit is the sign
+    starts = (0, terms, 2 * terms + left)  # of the rounds
+    sets = [[0.0, *(2.0 ** -(start + index) for start in starts)] for index in range(terms)]
+    if left:
+        sets.append([0.0, 2.0 ** -(2 * terms)])
     sums = sorted({sum(chosen) for chosen in itertools.product(*sets)})
     return tuple(value / sums[-1] for value in sorted({*sums, *(-value for value in sums)}))
+
+
+POWERS = {bits: _power_levels(bits) for bits in range(2, 9)}
+"""The levels of each number of bits."""
 
 
 class _Scaled(torch.autograd.Function):

@@ -30,8 +30,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"'bits' = {self.bits} is outside 2 to 8")
-        if not self.learning_rate > 0:
-            raise ValueError(f"'learning_rate' = {self.learning_rate} is not positive, such as 0.001")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"'learning_rate' = {self.learning_rate} is not a positive number, such as 0.001")
 
 
 class Lsq(Quantizer):

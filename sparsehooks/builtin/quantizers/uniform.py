@@ -45,6 +45,15 @@ class Options:
             raise ValueError(f"'percentile' = {self.percentile} is outside (50, 100]")
         if self.range == "entropy" and self.per != "tensor":
             raise ValueError('range = "entropy" compares histograms of whole tensors; add per = "tensor"')
+        if self.group != Options.group and self.per != "group":
+            raise ValueError(
+                f'\'group\' = {self.group} has no effect with per = "{self.per}"; add per = "group", or leave it out'
+            )
+        if self.percentile != Options.percentile and self.range != "percentile":
+            raise ValueError(
+                f"'percentile' = {self.percentile} has no effect with range = \"{self.range}\"; "
+                'add range = "percentile", or leave it out'
+            )
 
 
 class Uniform(Quantizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Options:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
+        if not 0 < self.damping < math.inf:
             raise ValueError(f"'damping' = {self.damping} is not a positive number, such as 0.01")
 
 
