@@ -18,6 +18,7 @@ class Scaling(Solver):
     """Rounds to the nearest."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_RANGE})
+    serves = frozenset({"quantize"})
 
     def solve(self, layer: LayerProblem, choose: Choose, quantize: Quantize | None = None) -> tuple[Tensor, Tensor]:
         """All columns at once; of the inverse of the Gram matrix ``choose`` is told its uncorrelated form."""
@@ -46,7 +47,8 @@ class AWQ(Scaling):
     """Columns with large inputs are scaled up before rounding, by what loses least (Lin et al. 2023, arXiv:2306.00978).
 
     Factors ``mean|X|^r`` with r from a grid that begins at 0, where nothing is scaled (equations 4 and 5). What is lost
-    is measured on the layers that share the input, ``tr(dW H dW^T)``; the paper measures it on the whole block.
+    is measured on the layers that share the input, ``tr(dW H dW^T)``; the paper measures it on the whole block, and
+    then clips the weights, which here only the quantizer's range does.
     """
 
     Config = AWQOptions
