@@ -270,7 +270,7 @@ class Activations:
             if not run.component.calibrated:
                 site.amount = float(run.share)
             elif site.learned is not None:
-                site.amount = float(site.learned.detach())
+                site.amount = max(0.0, float(site.learned.detach()))
             elif run.tables:
                 threshold = float(run.tables[name][round(run.share * GRID)])
                 site.amount = threshold if threshold >= 0 else None

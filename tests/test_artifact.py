@@ -341,7 +341,10 @@ def test_compress_names_what_it_cannot_open(tmp_path):
     with pytest.raises(sparsehooks.PlanError, match="distillation needs training"):
         sparsehooks.compress(tiny_bert(), {"stage": [{"distill": "hidden"}]})
     with pytest.warns(UserWarning, match="calibration"):
-        sparsehooks.compress(tiny_bert(), RECIPE, calibration=[])
+        sparsehooks.compress(tiny_bert(), RECIPE, calibration=[{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+    scored = {"stage": [{"prune": "wanda", "sparsity": 0.5}]}
+    with pytest.raises(sparsehooks.PlanError, match="there is no batch in it"):
+        sparsehooks.compress(tiny_bert(), scored, calibration=[])
 
 
 def _python(code, **environment):

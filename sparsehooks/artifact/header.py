@@ -190,12 +190,12 @@ def _header(shape: tuple[int, ...], names: bytes, chunk: int) -> Header:
     except UnicodeDecodeError:
         raise ArtifactError("the file is damaged: its header names no codecs") from None
     if dtype not in DTYPES:
-        raise ArtifactError(f"dtype {dtype[:20]!r} is not one of {', '.join(DTYPES)}")
+        raise ArtifactError(f"the file is damaged: dtype {dtype[:20]!r} is not one of {', '.join(DTYPES)}")
     if not 2 <= len(shape) <= MAX_DIMS or 0 in shape or max(shape) > _MAX_ELEMENTS or math.prod(shape) > _MAX_ELEMENTS:
-        raise ArtifactError("its shape is not that of an encoded tensor")
+        raise ArtifactError("the file is damaged: its shape is not that of an encoded tensor")
     columns = math.prod(shape[1:])
     if not 0 < chunk <= MAX_CHUNK or (chunk % columns and chunk > columns):
-        raise ArtifactError("its chunks have an impossible size")
+        raise ArtifactError("the file is damaged: its chunks have an impossible size")
     if not 0 < len(codecs) < ALL or "" in codecs or len(set(codecs)) != len(codecs):
-        raise ArtifactError("its codecs are not a list of names")
+        raise ArtifactError("the file is damaged: its codecs are not a list of names")
     return Header(dtype, shape, chunk, tuple(codecs))

@@ -196,8 +196,13 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """The CRC-32 of a tensor's bytes in row-major order."""
-    return zlib.crc32(_bytes(tensor))
+    """The CRC-32 of a tensor's bytes in row-major order; of its shape, if it has none."""
+    return zlib.crc32(_bytes(tensor)) if tensor.numel() else of_nothing(tensor.shape)
+
+
+def of_nothing(shape: Sequence[int]) -> int:
+    """The checksum of a tensor without elements, of which only the shape can be damaged."""
+    return zlib.crc32(json.dumps(list(shape)).encode())
 
 
 class ShardWriter:
@@ -256,7 +261,7 @@ class ShardWriter:
                     file.write(piece)
                     crc = zlib.crc32(piece, crc)
                     self.bytes += len(piece)
-                self.checksums[name] = crc
+                self.checksums[name] = crc if self.bytes > start else of_nothing(tuple(tensor.shape))
                 self._header[name] = _fields(_NAMES[tensor.dtype], tuple(tensor.shape), start, self.bytes)
 
     def finish(self, metadata: Mapping[str, str]) -> None:

@@ -166,6 +166,10 @@ def find(data: np.ndarray, layout: Layout) -> Found | None:
     if hopeless(data, layout):
         return None
     rows, columns = _first_values(data, layout)
+    if layout.dtype == "BF16":
+        apart = [_differ(max(rows, key=len), if_few=False), *(_differ(sample, if_few=True) for sample in columns)]
+        if all(apart):
+            return None
     if not any(plausible(sample, layout.dtype, _EVIDENCE) for sample in rows + columns):
         return None
     for tile in _tiles(layout):
@@ -403,10 +407,6 @@ def _first_values(data: np.ndarray, layout: Layout) -> tuple[list[np.ndarray], l
 def hopeless(data: np.ndarray, layout: Layout) -> bool:
     """Whether the first few values of a row and of a column tell that there is no grid: this is quick."""
     rows, columns = _first_values(data, layout)
-    if layout.dtype == "BF16":
-        apart = [_differ(max(rows, key=len), if_few=False), *(_differ(sample, if_few=True) for sample in columns)]
-        if all(apart):
-            return True
     if min(sample.size for sample in rows) < _FIRST:
         return False
     few = np.array([sample[:_FIRST] for sample in rows + columns if sample.size >= _FIRST])

@@ -8,12 +8,12 @@ from typing import Literal
 from torch import Tensor
 
 from sparsehooks import Choose, LayerProblem, Quantize, Solver
-from sparsehooks.builtin.solvers import damping
+from sparsehooks.builtin.solvers.damping import Options as Damping
 from sparsehooks.builtin.solvers.sparsegpt import eliminate
 
 
 @dataclass(frozen=True)
-class Options(damping.Options):
+class Options(Damping):
     """The options of GPTQ.
 
     Attributes:
