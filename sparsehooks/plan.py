@@ -476,9 +476,9 @@ def _freezing(plan: Plan, planned: PlannedStage, first: int, total: int) -> list
         step = stage.freezes(total)
         if step > total:
             problems.append(f"{planned.path}.freeze: is step {step}, but the run has {total} steps")
-        elif quantizer.learned and step <= first:
+        elif step < first or (quantizer.learned and step <= first):
             problems.append(
-                f"{planned.path}.freeze: is step {step}, and '{stage.quantize.use}' begins to learn at step {first}; "
+                f"{planned.path}.freeze: is step {step}, and '{stage.quantize.use}' begins at step {first}; "
                 "name a later one"
             )
     if quantizer.trains_weights:

@@ -383,8 +383,9 @@ LATE = {"use": "oneshot", "start": 0.5}
         ([{"quantize": "int8", "freeze": 100}], ".freeze: is step 100, but the run has 20 steps"),
         (
             [{"quantize": "lsq", "freeze": 10, "schedule": LATE}],
-            ".freeze: is step 10, and 'lsq' begins to learn at step 10",
+            ".freeze: is step 10, and 'lsq' begins at step 10; name a later one",
         ),
+        ([{"quantize": "int8", "freeze": 4, "schedule": LATE}], ".freeze: is step 4, and 'int8' begins at step 10"),
         ([{"quantize": "int8", "schedule": "cubic"}], ".schedule: 'cubic' is gradual, and a grid begins at once"),
         (
             [{"quantize": "kmeans"}, {"prune": "movement", "sparsity": 0.5, "schedule": {"use": "cubic"}}],

@@ -197,3 +197,10 @@ def test_importing_it_imports_neither_torch_nor_onnx():
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=paths)
     assert run.stdout.strip() == "[]"
+
+
+def test_grids_of_inputs_are_refused(tmp_path):
+    folder = save(bert(), tmp_path / "saved", {"quantize": "int8"}, {"activation": "int8"})
+    with pytest.raises(sparsehooks.ArtifactError, match="puts its inputs on a grid, which"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -93,7 +93,8 @@ class NF4(Levels):
     def check(self, shape: Sequence[int]) -> str | None:
         """Blocks must divide the columns."""
         if shape[1] % self.config.block:
-            return f"its {shape[1]} input features do not divide by the block of {self.config.block}"
+            near = math.gcd(shape[1], self.config.block)
+            return f"its {shape[1]} input features do not divide by the block of {self.config.block}, but by {near}"
         return None
 
     @property

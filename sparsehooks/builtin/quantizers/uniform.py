@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -75,7 +76,8 @@ class Uniform(Quantizer):
     def check(self, shape: Sequence[int]) -> str | None:
         """Groups must divide the columns."""
         if self.config.per == "group" and shape[1] % self.config.group:
-            return f"its {shape[1]} input features do not divide by the group of {self.config.group}"
+            near = math.gcd(shape[1], self.config.group)
+            return f"its {shape[1]} input features do not divide by the group of {self.config.group}, but by {near}"
         return None
 
     def grid(self, weight: Tensor) -> dict[str, Tensor]:

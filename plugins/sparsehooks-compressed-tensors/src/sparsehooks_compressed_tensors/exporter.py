@@ -226,7 +226,8 @@ class _Model:
             equal += f"; equal bit for bit with {how}" if len(self.layers) == 1 else ""
         else:
             equal = "equal bit for bit"
-        return f"{', '.join(said)}; weights {equal}"
+        inputs = "; inputs on grids of tokens, whose steps differ by 0.4 %" if self.activations else ""
+        return f"{', '.join(said)}; weights {equal}{inputs}"
 
     def _scheme(self, form: Format, scheme: Scheme, targets: list[str]) -> Any:
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme

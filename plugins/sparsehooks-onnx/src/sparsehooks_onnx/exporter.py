@@ -68,6 +68,13 @@ class Onnx(Exporter):
         if missing:
             raise PluginError(f"{' and '.join(missing)} must be installed; run 'pip install {' '.join(missing)}'")
         model = _open(folder, self.config.architecture)
+        acting = getattr(getattr(model.config, "quantization_config", None), "activations", {})
+        rounded = [name for name, entry in acting.items() if entry["use"].startswith(("int", "static", "pact"))]
+        if rounded:
+            raise ArtifactError(
+                f"'{rounded[0]}' of '{folder}' puts its inputs on a grid, which torch.onnx cannot export; use "
+                "'compressed-tensors', or a recipe whose 'activation' has no grids"
+            )
         inputs, axes = _inputs(model, batch=2, sequence=8)
         path = out / FILE
         try:
