@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks.components import LEARNING_RATE, Distiller, Need
-from sparsehooks.distributed import once, seed_of
+from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage
-from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, weights_digest, write_start
+from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start
 from sparsehooks.views import Batch
 
 if TYPE_CHECKING:
@@ -125,10 +125,7 @@ class Distillation:
             return teacher
         if self.start is not None:
             return read_start(self._model, folder, self.start)
-        if folder is None:
-            self.start = weights_digest(self._model)
-        else:
-            self.start = once(lambda: write_start(self._model, folder))
+        self.start = keep_start(self._model, folder)
         return frozen_copy(self._model)
 
     def _mark_used(self, gradient: Tensor) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.models import open_model
+from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 
 START = "sparsehooks-start"
 """The folder, in the output folder of a run, that keeps the model as it was before step 1."""
@@ -52,7 +54,7 @@ class Teacher:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the model as it is now."""
-    duplicate = copy.deepcopy(model)
+    duplicate = whole_copy(model) if is_sharded(model) else copy.deepcopy(model)
     # Mixed precision binds ``forward`` on the instance; the copy's would still call the original.
     for attribute in ("forward", "_original_forward"):
         duplicate.__dict__.pop(attribute, None)
@@ -69,15 +71,24 @@ def open_teacher(name: str, student: nn.Module) -> nn.Module:
     return teacher.to(next(student.parameters()).device)
 
 
-def write_start(model: nn.Module, folder: Path) -> str:
-    """Keep the model's weights in ``folder/sparsehooks-start``, and return the fingerprint (sha256) that names them.
+def keep_start(model: nn.Module, folder: Path | None) -> str:
+    """The fingerprint (sha256) of the model's weights, which are kept in the folder if there is one; on every rank.
+
+    Raises:
+        SessionError: if the folder cannot be written.
+    """
+    state = whole_state(model)
+    return once(lambda: weights_digest(state) if folder is None else write_start(state, folder))
+
+
+def write_start(state: Mapping[str, Tensor], folder: Path) -> str:
+    """Keep a model's state dict in ``folder/sparsehooks-start``, and return the fingerprint (sha256) that names them.
 
     Raises:
         SessionError: if the folder cannot be written.
     """
     temporary = folder / START / f".{os.getpid()}.tmp"
     unique: dict[int, str] = {}
-    state = model.state_dict()
     tensors = {name: t.contiguous() for name, t in state.items() if unique.setdefault(_key(t), name) == name}
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -119,12 +130,12 @@ def _start_file(folder: Path, fingerprint: str) -> Path:
     return folder / START / f"{fingerprint}.safetensors"
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of the model's weights (sha256), for a start that is kept in memory only."""
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """A fingerprint of a model's state dict (sha256), for a start that is kept in memory only."""
     total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -134,5 +145,5 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _key(tensor: torch.Tensor) -> int:
+def _key(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else id(tensor)
