@@ -53,6 +53,10 @@ RECIPES = {
 }
 
 
+REFUSED = [
+    [{"prune": "magnitude", "pattern": {"use": "2:4", "permute": True}}],
+    [{"prune": "magnitude", "pattern": "head", "sparsity": 0.5, "targets": ["*attention*"]}, {"shrink": True}],
+]
 LLAMA = [
     {
         "prune": "magnitude",
@@ -129,7 +133,18 @@ def plain(folder):
             with contextlib.suppress(BrokenOffError):
                 train(name, range(5), own, own / "checkpoint")
             _, found[f"{name}, resumed"] = train(name, range(5, STEPS), own, own / "checkpoint")
+    if WORLD > 1:
+        found["refused"] = [refusal(stages) for stages in REFUSED]
     return found
+
+
+def refusal(stages):
+    model, optimizer = made(sharded=True)
+    try:
+        with attach(model, optimizer, {"stage": stages}, total_steps=2):
+            return None
+    except SessionError as error:
+        return str(error)
 
 
 def force_fsdp():

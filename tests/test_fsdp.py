@@ -45,6 +45,13 @@ def test_a_resumed_run_is_bit_identical_and_its_artifact_opens(plain, recipe):
     assert same_state(opened, ranks[0][recipe]["model"])
 
 
+def test_what_shards_cannot_do_is_said_before_training(plain):
+    for found in plain[2]:
+        permuted, shrunk = found["refused"]
+        assert "'permute'" in permuted
+        assert "sparsehooks.compress" in shrunk
+
+
 @pytest.mark.parametrize("loop", ["trainer", "accelerate"])
 def test_loops_train_resume_and_save(tmp_path, loop):
     first, second = launch(WORKER, tmp_path, loop, 2)
