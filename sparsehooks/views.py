@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -90,10 +90,10 @@ class Batch:
 
         return pad(labels[..., 1:], (0, 1), value=-100)
 
-    def mask(self) -> Tensor | None:
-        """Which tokens are real: bool, (samples, tokens); None where the batch has no such attention mask."""
-        mask = self.inputs.get("attention_mask")
-        return None if mask is None or mask.dim() != 2 else mask.bool()
+    def mask(self, shape: Sequence[int]) -> Tensor | None:
+        """Which tokens are real: bool, of ``shape`` (samples, tokens); None without an attention mask of that shape."""
+        mask: Tensor | None = self.inputs.get("attention_mask")
+        return None if mask is None or mask.shape != tuple(shape) else mask.bool()
 
     def items(self, values: Tensor) -> Tensor:
         """One value for each item that the Trainer counts.
@@ -110,8 +110,8 @@ class Batch:
         targets = self.targets()
         if targets is not None and targets.shape == values.shape:
             return values[targets != -100]
-        mask = self.mask()
-        if mask is None or mask.shape != values.shape:
+        mask = self.mask(values.shape)
+        if mask is None:
             return values.mean(dim=1)
         weights: Tensor = mask.to(values.dtype)
         return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

@@ -49,10 +49,10 @@ class Attention(Distiller):
     ) -> Tensor:
         """Shape (items,): the mean over keys, heads and layers of the squared difference."""
         pairs = paired("attention", "attentions", student, teacher, self.config.layers, first=1)
-        errors = [self._error(ours.float(), theirs.float(), batch.mask()) for ours, theirs in pairs]
+        errors = [self._error(ours.float(), theirs.float(), batch) for ours, theirs in pairs]
         return batch.items(torch.stack(errors).mean(dim=0))
 
-    def _error(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    def _error(self, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
         """Of two maps, (samples, heads, queries, keys), for each query: (samples, queries)."""
         if ours.shape != theirs.shape:
             raise SessionError(
@@ -60,6 +60,7 @@ class Attention(Distiller):
                 f"student and {tuple(theirs.shape)} from the teacher; use relation"
             )
         counts = (ours > 0) & (theirs > 0)
+        mask = batch.mask((len(ours), ours.shape[-1]))
         if mask is not None:
             counts &= mask[:, None, None, :]
         keys = counts.sum(dim=-1, keepdim=True).clamp(min=1)

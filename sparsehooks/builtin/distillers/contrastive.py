@@ -55,15 +55,15 @@ class Contrastive(Distiller):
     ) -> Tensor:
         """Shape (items,): the samples; where tokens are counted, each has the value of its sample."""
         ((ours, theirs),) = paired("contrastive", "hidden_states", student, teacher, "last", first=0)
-        embeddings = self._embedding(projected(ours, learned), batch.mask())
-        cosines = embeddings @ self._embedding(theirs, batch.mask()).t()
+        embeddings = self._embedding(projected(ours, learned), batch)
+        cosines = embeddings @ self._embedding(theirs, batch).t()
         right = torch.arange(len(cosines), device=cosines.device)
         values = F.cross_entropy(cosines / self.config.temperature, right, reduction="none")
         return batch.items(values[:, None].expand(ours.shape[:2]))
 
-    def _embedding(self, states: Tensor, mask: Tensor | None) -> Tensor:
+    def _embedding(self, states: Tensor, batch: Batch) -> Tensor:
         """Unit vectors, (samples, width), float32."""
-        states = states.float()
+        states, mask = states.float(), batch.mask(states.shape[:2])
         if self.config.pooling == "first":
             pooled = states[:, 0] if mask is None else states[torch.arange(len(states)), mask.int().argmax(dim=1)]
         elif mask is None:

@@ -64,14 +64,14 @@ class Relation(Distiller):
                 paired("relation", PARTS[part], student, teacher, self.config.layers, first=1) for part in relation
             )
             for (ours, theirs), (our_keys, their_keys) in zip(first, second, strict=True):
-                goal = self._relation("teacher", theirs, their_keys, batch.mask())
-                found = self._relation("student", ours, our_keys, batch.mask())
+                goal = self._relation("teacher", theirs, their_keys, batch)
+                found = self._relation("student", ours, our_keys, batch)
                 errors.append(divergence(goal, found).mean(dim=1))
         return batch.items(torch.stack(errors).mean(dim=0))
 
-    def _relation(self, whose: str, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    def _relation(self, whose: str, queries: Tensor, keys: Tensor, batch: Batch) -> Tensor:
         """Log probabilities, (samples, heads, tokens, tokens), of two tensors (samples, tokens, width)."""
-        heads, width = self.config.heads, queries.shape[-1]
+        heads, width, mask = self.config.heads, queries.shape[-1], batch.mask(queries.shape[:2])
         if width % heads or keys.shape[-1] != width:
             raise SessionError(
                 f"relation: 'heads' = {heads} does not cut the {whose}'s {width} and {keys.shape[-1]} features into as "
