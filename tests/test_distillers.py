@@ -363,6 +363,15 @@ def test_scores_do_not_see_what_the_softmax_hides():
     torch.testing.assert_close(values, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compare", ["maps", "scores"])
+def test_keys_that_are_padding_do_not_count_even_if_they_are_looked_at(compare):
+    ours, theirs = (randn(2, 2, 5, 5, seed=seed).softmax(-1) for seed in (0, 1))
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    values = attention([ours], [theirs], compare, attention_mask=mask)
+    cut = [maps[1:, :, :3, :3] for maps in (ours, theirs)]
+    torch.testing.assert_close(values[1:], attention([cut[0]], [cut[1]], compare))
+
+
 def test_scores_are_those_of_the_keys_that_dropout_left():
     ours, theirs = 3 * randn(1, 1, 4, 6), 3 * randn(1, 1, 4, 6, seed=1)
     kept = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
@@ -629,6 +638,31 @@ def test_after_a_failure_the_attention_is_as_before(tmp_path):
     with pytest.raises(SessionError, match="use relation"):
         trainer.train()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_of_several_goes_back_to_the_attention_of_each():
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 9, **sizes}, vision_config={"image_size": 8, "patch_size": 4, **sizes}
+    )
+    model = transformers.CLIPModel(config)
+    model.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
+
+    def implementations():
+        return [part._attn_implementation for part in (config, config.text_config, config.vision_config)]
+
+    outputs = Outputs(model, {Need.ATTENTIONS})
+    assert implementations() == ["eager", "eager", "eager"]
+    outputs.close()
+    assert implementations() == ["sdpa", "eager", "sdpa"]
+
+
+def test_an_attention_that_cannot_be_switched_is_named_before_training(monkeypatch):
+    monkeypatch.setattr(BertModel, "_can_set_attn_implementation", lambda *_: False)
+    with pytest.raises(SessionError, match="BertModel returns no attention maps with its 'sdpa' attention, and cannot"):
+        losses([{"distill": "attention"}])
 
 
 def test_gradient_accumulation_changes_nothing(tmp_path):

@@ -65,7 +65,11 @@ class Contrastive(Distiller):
         """Unit vectors, (samples, width), float32."""
         states, mask = states.float(), batch.mask(states.shape[:2])
         if self.config.pooling == "first":
-            pooled = states[:, 0] if mask is None else states[torch.arange(len(states)), mask.int().argmax(dim=1)]
+            pooled = (
+                states[:, 0]
+                if mask is None
+                else states.take_along_dim(mask.int().argmax(dim=1)[:, None, None], 1)[:, 0]
+            )
         elif mask is None:
             pooled = states.mean(dim=1)
         else:
