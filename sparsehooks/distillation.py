@@ -13,6 +13,7 @@ from sparsehooks.components import LEARNING_RATE, Distiller, Need
 from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
+from sparsehooks.outputs import Outputs
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage
 from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start
@@ -50,17 +51,34 @@ class Distillation:
         self._teachers: dict[str, Teacher] = {}
         self._learned = learned
         self._unused = False
-        self.needs_hidden_states = any(Need.HIDDEN_STATES in distiller.needs for _, distiller in stages.values())
+        self._weights: dict[int, Tensor] = {}
+        needs: dict[str, set[Need]] = {}
+        for planned, distiller in stages.values():
+            assert isinstance(planned.stage, DistillStage)
+            needs.setdefault(planned.stage.teacher, set()).update(distiller.needs)
         device = next(model.parameters()).device
         for index, (planned, distiller) in stages.items():
             assert isinstance(planned.stage, DistillStage)
             name = planned.stage.teacher
             if name not in self._teachers:
-                self._teachers[name] = Teacher(self._open(name, folder))
+                self._teachers[name] = Teacher(self._open(name, folder), needs[name])
             generator = torch.Generator().manual_seed(seed_of(seed, index, "learned"))
             with attributed(planned.components["distill"].record):
                 made = distiller.prepare(model, self._teachers[name].model, generator)
             learned.add(f"{index}.distill", made, device, LEARNING_RATE)
+        self.outputs = Outputs(model, set().union(*needs.values()))
+
+    def advance(self, index: int, share: float) -> None:
+        """The share of its weight that the schedule of a stage gives its loss in the next step."""
+        planned, _ = self._stages[index]
+        assert isinstance(planned.stage, DistillStage)
+        weight = torch.tensor(planned.stage.weight * share)  # compiled code would take a number for a constant
+        if share == 0.0:
+            self._weights.pop(index, None)
+        elif index in self._weights:
+            self._weights[index].copy_(weight)
+        else:
+            self._weights[index] = weight.to(next(self._model.parameters()).device)
 
     def terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """The sum of all loss terms of one micro-batch; see ``Session.loss_terms``."""
@@ -68,11 +86,14 @@ class Distillation:
         batch = Batch(inputs, self._shifts)
         items = inputs.get("num_items_in_batch")
         answers: dict[str, Any] = {}
+        outputs = self.outputs.complete(outputs)
         for index, (planned, distiller) in self._stages.items():
+            if index not in self._weights:
+                continue
             assert isinstance(planned.stage, DistillStage)
             name = planned.stage.teacher
             if name not in answers:
-                answers[name] = self._teachers[name](inputs, hidden_states=self.needs_hidden_states)
+                answers[name] = self._teachers[name](inputs)
             with attributed(planned.components["distill"].record):
                 values = distiller.loss(outputs, answers[name], batch, self._learned.of(f"{index}.distill"))
                 if values.dim() != 1:
@@ -80,7 +101,7 @@ class Distillation:
                         f"{planned.label}: loss() must return one value an item, shape (items,), "
                         f"got {tuple(values.shape)}"
                     )
-            term = planned.stage.weight * values.sum() / max(values.numel(), 1)
+            term = self._weights[index] * values.sum() / max(values.numel(), 1)
             if items is not None:  # the share of this micro-batch in all that the Trainer accumulates
                 counted = batch.count()
                 term = term * (values.numel() if counted is None else counted) / items
@@ -113,6 +134,7 @@ class Distillation:
                 "the state that was loaded belongs to a run with another start, so its teacher is not here; load the "
                 "optimizer before sparsehooks.attach, with the folder of that run"
             )
+        self._weights.clear()  # stages that have begun by then say theirs next
 
     def _open(self, name: str, folder: Path | None) -> nn.Module:
         if name != "self":

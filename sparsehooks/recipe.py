@@ -195,12 +195,14 @@ class DistillStage(Stage):
         distill: the loss.
         teacher: ``"self"`` for the model as it was at the start, a folder, or a name on the Hub.
         weight: the factor of this loss; it is added to the model's own loss.
+        schedule: from when on, and at which share of the weight by then.
     """
 
     action = "distill"
     distill: Use = Use("kl")
     teacher: str = "self"
     weight: float = 1.0
+    schedule: Use = Use("oneshot")
 
     def __post_init__(self) -> None:
         super().__post_init__()

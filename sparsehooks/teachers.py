@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparsehooks.components import Need
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.models import open_model
+from sparsehooks.outputs import Outputs
 from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 
 START = "sparsehooks-start"
@@ -32,9 +34,10 @@ class Teacher:
 
     Args:
         model: the teacher; it is changed to eval mode and its parameters to ``requires_grad=False``.
+        needs: what it returns beyond the usual.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, needs: Collection[Need]) -> None:
         self.model = model.eval().requires_grad_(False)
         parameters = inspect.signature(model.forward).parameters
         self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
@@ -42,14 +45,13 @@ class Teacher:
             self._accepts -= LABELS - {"labels"}  # which it shifts into the decoder's inputs
         else:
             self._accepts -= LABELS
+        self._outputs = Outputs(model, needs)
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> Any:
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
         """The teacher's output for the student's inputs."""
         given = {name: value for name, value in inputs.items() if name in self._accepts}
-        if hidden_states:
-            given["output_hidden_states"] = True
-        return self.model(**given)
+        return self._outputs.complete(self.model(**{**given, **self._outputs.ask()}))
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
