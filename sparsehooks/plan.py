@@ -254,8 +254,9 @@ def _misused(planned: PlannedStage) -> list[str]:
 def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage:
     stage = planned.stage
     if isinstance(stage, DistillStage):
-        with _collecting(problems, f"{planned.path}.teacher"):
-            _check_teacher(stage.teacher)
+        for teacher in stage.teacher:
+            with _collecting(problems, f"{planned.path}.teacher"):
+                _check_teacher(teacher.use)
         return planned
     if isinstance(stage, ShrinkStage):
         return planned  # what is masked says what goes
