@@ -101,7 +101,7 @@ class TeacherUse:
         if isinstance(value, str):
             return cls(value)
         if not isinstance(value, Mapping):
-            raise RecipeError(f"{path}: expected a name, a table {{ use = NAME, ... }} or a list of them, got {value!r}")
+            raise RecipeError(f"{path}: expected a name or a table {{ use = NAME, ... }}, got {value!r}")
         return decode(cls, value, path)
 
     def to_plain(self) -> str | dict[str, Any]:
@@ -261,6 +261,8 @@ class DistillStage(Stage):
         super().__post_init__()
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"'weight' = {self.weight} is not a positive number")
+        if self.cache == "":
+            raise ValueError("'cache' is empty; name a folder, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsehooks import swapping
 from sparsehooks.activations import Activations, recorded
@@ -81,6 +82,7 @@ class Session:
         self._swapped: dict[str, Target] = {}
         self._quantizing: dict[int, QuantizeRun] = {}
         self._shrunk: dict[str, Any] = {}
+        self._saving: RemovableHandle | None = None
         self._activations = Activations((), nn.Module())
 
     @classmethod
@@ -162,7 +164,10 @@ class Session:
             if isinstance(stage.stage, ActivationStage)
         ]
         self._activations = Activations(acting, model, self._learned if optimizer is not None else None)
-        self._distillation = Distillation(distillers, model, self._learned, self.plan.recipe.seed, folder, start)
+        self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
+        if optimizer is not None:
+            # whoever saves the optimizer saves a checkpoint, and a run that goes on from it finds the same answers
+            self._saving = optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush())
         if state is not None:
             self.load_state_dict(state)
         elif opened is not None:
@@ -318,11 +323,20 @@ class Session:
     def _end(self, error: BaseException | None) -> None:
         self._activations.abort()
         self._unswap()
+        if self._saving is not None:
+            self._saving.remove()
+            self._keep_answers()
         if self._optimizer is not None:
             self._optimizer.param_groups[0].pop(KEY, None)
         if self._running:
             self._running = False
             self.manager.session_finished(self.view, error)
+
+    def _keep_answers(self) -> None:
+        try:
+            self._distillation.flush()
+        except SessionError as error:  # what was trained is worth more than the cache
+            warnings.warn(str(error), stacklevel=2)
 
     @contextmanager
     def aborting(self) -> Iterator[Session]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sparsehooks.errors import SessionError
 from sparsehooks.models import open_model
+from sparsehooks.teacher_cache import TeacherCache
 
 START = "sparsehooks-start"
 """The folder, in the output folder of a run, that keeps the model as it was before step 1."""
+
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype"}
+"""What a config says about where a model came from, and not about what it computes."""
 
 LABELS = {"labels", "shift_labels", "num_items_in_batch"}
 
@@ -30,43 +35,119 @@ class Teacher:
 
     Args:
         model: the teacher; it is changed to eval mode and its parameters to ``requires_grad=False``.
+        student: on its device the teacher answers.
+        shared: the parameters whose memory is the student's.
+        dtype: of its weights, if it shall be another one.
+        cache: the folder that keeps its answers, if they are kept; while it is asked nothing it waits on the CPU.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        student: nn.Module,
+        *,
+        shared: Collection[str] = (),
+        dtype: torch.dtype | None = None,
+        cache: Path | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        if dtype is not None:
+            model.to(dtype)
+        self._dtype = dtype
+        self._home = next(student.parameters()).device
+        mine, theirs = dict(model.named_parameters()), dict(student.named_parameters())
+        self._shared = [(mine[name], theirs[name]) for name in shared]
+        divided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._cache = None if cache is None else TeacherCache(cache, teacher_digest(model), pads=not divided)
+        self._answers = True
         parameters = inspect.signature(model.forward).parameters
         self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            self._accepts -= LABELS - {"labels"}  # which it shifts into the decoder's inputs
-        else:
-            self._accepts -= LABELS
+        self._accepts -= LABELS - {"labels"} if divided else LABELS  # it shifts labels into the decoder's inputs
 
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> Any:
+    def __call__(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> Mapping[str, Any]:
         """The teacher's output for the student's inputs."""
         given = {name: value for name, value in inputs.items() if name in self._accepts}
-        if hidden_states:
-            given["output_hidden_states"] = True
-        return self.model(**given)
+        if self._cache is None:
+            return self._ask(given, hidden_states=hidden_states)
+        if not self._answers:  # the last batch was read as a whole, as the next ones will be
+            self._move(torch.device("cpu"))
+        self._answers = False
+        return self._cache.answer(given, lambda: self._ask(given, hidden_states=hidden_states))
+
+    def before_step(self) -> None:
+        """Take a copy of what the student shares and is about to train."""
+        for mine, theirs in self._shared:
+            if theirs.requires_grad:
+                mine.data = mine.data.clone()
+        self._shared = [(mine, theirs) for mine, theirs in self._shared if not theirs.requires_grad]
+
+    def flush(self) -> None:
+        """Write the answers that only memory holds."""
+        if self._cache is not None:
+            self._cache.flush()
+
+    @torch.no_grad()
+    def _ask(self, given: Mapping[str, Any], *, hidden_states: bool) -> Mapping[str, Any]:
+        self._answers = True
+        self._move(self._home)
+        extra: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
+        if "use_cache" in self._accepts:
+            extra["use_cache"] = False
+        answer: Mapping[str, Any] = self.model(**{name: self._cast(value) for name, value in given.items()}, **extra)
+        return answer
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if floating and self._dtype is not None else value
+
+    def _move(self, device: torch.device) -> None:
+        shared = {id(mine) for mine, _ in self._shared}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if id(tensor) not in shared and tensor.device != device:
+                tensor.data = tensor.data.to(device)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model as it is now."""
-    duplicate = copy.deepcopy(model)
+def frozen_copy(model: nn.Module, shared: Collection[str] = ()) -> nn.Module:
+    """A copy of the model as it is now.
+
+    Args:
+        shared: parameters that are not copied: both models have their memory.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if name in shared:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    duplicate = copy.deepcopy(model, memo)
     # Mixed precision binds ``forward`` on the instance; the copy's would still call the original.
     for attribute in ("forward", "_original_forward"):
         duplicate.__dict__.pop(attribute, None)
     return duplicate
 
 
-def open_teacher(name: str, student: nn.Module) -> nn.Module:
-    """The model of a folder or a Hub name, on the student's device.
+def share(teacher: nn.Module, student: nn.Module, names: Collection[str]) -> set[str]:
+    """Let a teacher have the student's memory for parameters, where both are the same; the names of those."""
+    mine, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
+    same = {name for name in names if name in mine and torch.equal(mine[name], theirs[name])}
+    for name in same:
+        mine[name].data = theirs[name].detach()
+    return same
+
+
+def open_teacher(name: str) -> nn.Module:
+    """The model of a folder or a Hub name.
 
     Raises:
         SparseHooksError: if it cannot be had.
     """
-    teacher: nn.Module = open_model(name)[0]
-    return teacher.to(next(student.parameters()).device)
+    return open_model(name)[0]
+
+
+def teacher_digest(model: nn.Module) -> str:
+    """A fingerprint of a model's weights, class and config, in hexadecimal; not of where it came from."""
+    config = getattr(model, "config", None)
+    facts = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in ORIGIN}
+    said = f"{type(model).__name__} {json.dumps(facts, sort_keys=True, default=str)} {weights_digest(model)}"
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def write_start(model: nn.Module, folder: Path) -> str:
