@@ -49,12 +49,8 @@ class Distillation:
         self._learned = learned
         self._unused = False
         self._teachers: dict[TeacherUse, Teacher] = {}
-        self._with_hidden_states = {
-            use
-            for planned, distiller in stages.values()
-            if Need.HIDDEN_STATES in distiller.needs
-            for use in _uses(planned)
-        }
+        wanting = [planned for planned, distiller in stages.values() if Need.HIDDEN_STATES in distiller.needs]
+        self._with_hidden_states = {use for planned in wanting for use in _uses(planned)}
         self.needs_hidden_states = bool(self._with_hidden_states)
         device = next(model.parameters()).device
         unchanged = _unchanged(model, plan)

@@ -131,6 +131,7 @@ class Teachers(tuple[TeacherUse, ...]):
         return plain[0] if len(plain) == 1 else plain
 
 
+SELF = Teachers((TeacherUse("self"),))
 DECODERS: Mapping[Any, Any] = {Use: Use, Use | None: Use, Grow | None: Grow, Teachers: Teachers}
 """What turns the short form of a key into its value, by the type of the key."""
 
@@ -253,7 +254,7 @@ class DistillStage(Stage):
 
     action = "distill"
     distill: Use = Use("kl")
-    teacher: Teachers = Teachers((TeacherUse("self"),))
+    teacher: Teachers = SELF
     weight: float = 1.0
     cache: str | None = None
 

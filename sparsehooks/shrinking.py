@@ -120,9 +120,6 @@ def keep_blocks(model: nn.Module, coupling: Coupling, kept: list[int]) -> None:
     for key in ("n_layers", "num_layers", "num_hidden_layers"):
         if getattr(holder, key, None) == coupling.units:
             setattr(holder, key, len(kept))
-    marked = getattr(model, MARK, {})
-    if coupling.name in marked:
-        marked[coupling.name] = len(kept)
 
 
 def _keep_position_bias(blocks: nn.ModuleList, first: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from sparsehooks.artifact.quantizer import disarm
 from sparsehooks.coupling import find_couplings
 from sparsehooks.errors import SparseHooksError
-from sparsehooks.shrinking import keep_blocks
+from sparsehooks.shrinking import MARK, keep_blocks
 from sparsehooks.teachers import frozen_copy
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +54,9 @@ def keep_layers(model: M, layers: Layers | Mapping[str, Layers]) -> M:
     disarm(student)
     for name, indices in kept.items():
         keep_blocks(student, stacks[name], indices)
+    if hasattr(student, MARK):  # a shrunk model says how many blocks it has
+        counted = {name: len(kept[name]) for name in kept if name in getattr(student, MARK)}
+        setattr(student, MARK, {**getattr(student, MARK), **counted})
     return student
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,8 @@ from sparsehooks.teacher_cache import TeacherCache
 
 START = "sparsehooks-start"
 """The folder, in the output folder of a run, that keeps the model as it was before step 1."""
+
+M = TypeVar("M", bound=nn.Module)
 
 ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 """What a config says about where a model came from, and not about what it computes."""
@@ -107,11 +109,12 @@ class Teacher:
                 tensor.data = tensor.data.to(device)
 
 
-def frozen_copy(model: nn.Module, shared: Collection[str] = ()) -> nn.Module:
+def frozen_copy(model: M, shared: Collection[str] = ()) -> M:
     """A copy of the model as it is now.
 
     Args:
-        shared: parameters that are not copied: both models have their memory.
+        model: any.
+        shared: names of parameters that are not copied: both models have their memory.
     """
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():

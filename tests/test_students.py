@@ -64,7 +64,7 @@ def test_an_encoder_and_a_decoder_have_layers_of_their_own(tmp_path):
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path)), outputs(without_the_first))
     encoder = transformers.T5EncoderModel(copy.deepcopy(model.config))
     assert stacks(keep_layers(encoder, 2)) == {"encoder.block": 2}
-    with pytest.raises(SparseHooksError, match="'encoder.block' and 'decoder.block'; give a mapping"):
+    with pytest.raises(SparseHooksError, match=r"'encoder.block' and 'decoder.block'; give a mapping"):
         keep_layers(model, 2)
 
 
