@@ -74,7 +74,8 @@ WRONG = [
     ),
     (
         {"stage": [{"distill": "kl", "teacher": {"use": "self", "dtype": "int8"}}]},
-        f"{STAGE}.teacher.dtype: expected one of 'float32', 'bfloat16', 'float16'; got 'int8'; known: bfloat16, float16, float32",
+        f"{STAGE}.teacher.dtype: expected one of 'float32', 'bfloat16', 'float16'; got 'int8'; known: bfloat16, "
+        "float16, float32",
     ),
     ({"stage": [{"distill": "kl", "teacher": {"dtype": "bfloat16"}}]}, f"{STAGE}.teacher: 'use' is missing"),
     (
