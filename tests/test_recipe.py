@@ -13,6 +13,7 @@ PRUNE = {"prune": "magnitude", "sparsity": 0.5}
 ACTIONS = "prune, regularize, activation, shrink, quantize, distill"
 STAGE = "recipe.stage[0]"
 
+DTYPES = "expected one of 'float32', 'bfloat16', 'float16'"
 WRONG = [
     # the recipe itself
     ({}, "recipe: needs at least one [[stage]]"),
@@ -74,8 +75,7 @@ WRONG = [
     ),
     (
         {"stage": [{"distill": "kl", "teacher": {"use": "self", "dtype": "int8"}}]},
-        f"{STAGE}.teacher.dtype: expected one of 'float32', 'bfloat16', 'float16'; got 'int8'; known: bfloat16, "
-        "float16, float32",
+        f"{STAGE}.teacher.dtype: {DTYPES}; got 'int8'; known: bfloat16, float16, float32",
     ),
     ({"stage": [{"distill": "kl", "teacher": {"dtype": "bfloat16"}}]}, f"{STAGE}.teacher: 'use' is missing"),
     (
