@@ -210,18 +210,24 @@ class Activations:
     def abort(self) -> None:
         """Undo everything."""
         self._unhook()
-        for module, site in self._before.values():
+        self._stop(list(self._before))
+        self._runs = {}
+
+    def _stop(self, names: Iterable[str]) -> None:
+        for name in names:
+            module, site = self._before.pop(name)
             take(module)
             if site is not None:
                 put(module, site)
-        self._runs, self._before = {}, {}
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """What a resumed run needs, as plain values and tensors."""
         return {index: {"share": run.share, "tables": dict(run.tables)} for index, run in self._runs.items()}
 
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take back what ``state_dict`` gave; stages that had started start."""
+        """Take back what ``state_dict`` gave; stages that had started start, the others stop."""
+        for index in self._runs.keys() - state.keys():
+            self._stop(self._runs.pop(index).sites)
         for index, saved in state.items():
             self.start(index)
             run = self._runs[index]

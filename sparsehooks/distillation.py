@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks.components import LEARNING_RATE, Distiller, Need, Pattern
-from sparsehooks.distributed import once, seed_of
+from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.plan import Plan, PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
-from sparsehooks.teachers import Teacher, frozen_copy, open_teacher, read_start, share, weights_digest, write_start
+from sparsehooks.sharding import is_sharded
+from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start, share
 from sparsehooks.views import Batch
 
 
@@ -157,9 +158,7 @@ class Distillation:
             start = read_start(self._model, folder, self.start)
             return start, share(start, self._model, shared)
         if self.start is None:
-            self.start = (
-                weights_digest(self._model) if folder is None else once(lambda: write_start(self._model, folder))
-            )
+            self.start = keep_start(self._model, folder)
         return frozen_copy(self._model, shared), shared
 
     def _mark_used(self, gradient: Tensor) -> None:
@@ -184,6 +183,8 @@ def _caches(plan: Plan) -> dict[TeacherUse, str]:
 
 def _unchanged(model: nn.Module, plan: Plan) -> set[str]:
     """The matrices that neither train nor are targets; what is masked along with a target is smaller than one."""
+    if is_sharded(model):
+        return set()
     names = {name for name, weight in model.named_parameters() if _can_be_shared(weight)}
     for planned in plan.stages:
         names -= {target.parameter for target in planned.targets}

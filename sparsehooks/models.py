@@ -89,6 +89,8 @@ def text_batches(model: str | Path, path: Path, size: int = 32, tokens: int = 51
 
     try:
         texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise SparseHooksError(f"there is no file '{path}'; give one with one text a line") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SparseHooksError(f"'{path}' cannot be read as text: {error}") from error
     if not texts:

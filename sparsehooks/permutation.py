@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks.coupling import Coupling, find_couplings, matrix
+from sparsehooks.errors import SessionError
+from sparsehooks.sharding import is_sharded
 
 if TYPE_CHECKING:
     from sparsehooks.targets import Target
@@ -40,7 +42,12 @@ def permute_channels(model: nn.Module, targets: Iterable[Target], n: int, m: int
 
     Returns:
         for each coupling that was reordered the kept magnitude after, as a multiple of that before.
+
+    Raises:
+        SessionError: if the weights are sharded.
     """
+    if is_sharded(model):
+        raise SessionError("the channels of sharded weights (FSDP2) cannot be reordered; leave 'permute' out")
     names = {target.parameter for target in targets}
     gains = {}
     for coupling in find_couplings(model, "channel")[0]:

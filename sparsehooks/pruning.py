@@ -16,6 +16,7 @@ from sparsehooks.errors import SessionError
 from sparsehooks.masks import MaskChange
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import PruneStage
+from sparsehooks.sharding import local, part, whole, write
 from sparsehooks.views import WeightView
 
 if TYPE_CHECKING:
@@ -105,17 +106,24 @@ class Masks:
         total = sum(mask.numel() for mask in self.masks.values())
         return 1 - sum(self._kept.values()) / total if total else 0.0
 
+    def masked_weights(self) -> dict[str, Tensor]:
+        """The masks of the weights that are zero where their mask says so."""
+        return {name: mask for name, mask in self.masks.items() if name not in self.alive}
+
     @torch.no_grad()
     def apply(self) -> None:
         """Zero what the masks exclude, in place."""
-        names = [name for name in self.masks if name not in self.alive]
-        masks.apply([self._weights[name] for name in names], [self.masks[name] for name in names])
+        acting = self.masked_weights()
+        masks.apply(
+            [local(self._weights[name]) for name in acting],
+            [part(mask, self._weights[name]) for name, mask in acting.items()],
+        )
 
     @torch.no_grad()
     def clear_signs(self) -> None:
         """Make masked weights +0.0: a negative weight times zero is -0.0, which files do not keep."""
         for name in self.masks:
-            self._weights[name].add_(0.0)
+            local(self._weights[name]).add_(0.0)
 
     @torch.no_grad()
     def update(
@@ -195,14 +203,16 @@ class Masks:
             mask = masks.unpack(kept["mask"], weight.shape, weight.device)
             back = mask & ~self.masks[name]
             if name not in self.alive:
-                weight[back] = kept["values"].to(weight)
+                values = whole(weight)
+                values[back] = kept["values"].to(values)
+                write(weight, values)
             changes[name] = MaskChange(0, int(back.sum()), self._set(name, mask), mask.numel())
         return changes
 
     def from_zeros(self, names: Iterable[str]) -> None:
         """Take the zeros of these weights of an opened artifact as their masks."""
         for name in names:
-            mask = self._weights[name].detach() != 0
+            mask = whole(self._weights[name].detach()) != 0
             if not mask.all():
                 self._set(name, mask)
 
@@ -230,7 +240,7 @@ class Masks:
 
     def view(self, pruner: Pruner, key: str, target: Target, step: int, evidence: Evidence) -> WeightView:
         """What a criterion of the stage sees of a target."""
-        weight = target.matrix(self._weights[target.parameter].detach())
+        weight = target.matrix(whole(self._weights[target.parameter].detach()))
         seed = seed_of(self.seed, pruner.stage.index, step, target.parameter, *(() if key == "prune" else (key,)))
         return WeightView(target.parameter, weight, seed, **evidence(target))
 
@@ -334,7 +344,7 @@ class Masks:
             mask = mask & old
         if undo is not None:
             before = torch.ones_like(mask) if old is None else old
-            undo[name] = {"mask": masks.pack(before), "values": self._weights[name][before & ~mask].clone()}
+            undo[name] = {"mask": masks.pack(before), "values": whole(self._weights[name])[before & ~mask].clone()}
         kept_before = self._kept.get(name, mask.numel())
         back = None if old is None or not revives else mask & ~old
         grown = 0 if back is None else int(torch.count_nonzero(back))

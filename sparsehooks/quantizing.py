@@ -18,6 +18,7 @@ from sparsehooks.problems import Quantize
 from sparsehooks.recipe import QuantizeStage
 from sparsehooks.rounding import Grid, Rounding, fitted
 from sparsehooks.running import Run
+from sparsehooks.sharding import whole, write
 from sparsehooks.targets import Target
 
 
@@ -65,12 +66,12 @@ class QuantizeRun:
             self._solve(targets)
         for target in targets:
             weight = weights[target.parameter]
-            matrix = target.matrix(weight)
+            matrix = target.matrix(whole(weight))
             self._check(target, matrix)
             with attributed(self._stage.components["quantize"].record):
                 grid = self._grid(target) or self._quantizer.grid(matrix)
                 found = self._quantizer.dequantize(self._quantizer.quantize(matrix, grid), grid, matrix.dtype)
-            weight.copy_(target.restore(found, weight.shape))
+            write(weight, target.restore(found, weight.shape))
         self._grids.clear()  # the values say it all
 
     @property

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsehooks.distributed import once
-from sparsehooks.teachers import read_start, weights_digest, write_start
+from sparsehooks.sharding import write
+from sparsehooks.teachers import keep_start, read_start
 
 
 class Snapshot:
@@ -25,12 +25,12 @@ class Snapshot:
             self._state = dict(read_start(model, folder, fingerprint).state_dict())
         else:
             self._state = copy.deepcopy(model.state_dict())
-            fingerprint = weights_digest(model) if folder is None else once(lambda: write_start(model, folder))
+            fingerprint = keep_start(model, folder)
         self.fingerprint = fingerprint
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go back to these weights, with an optimizer that has seen nothing yet."""
         for name, tensor in model.state_dict().items():
-            tensor.copy_(self._state[name])
+            write(tensor, self._state[name])
         optimizer.state.clear()

@@ -21,6 +21,7 @@ from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
 from sparsehooks.pruning import NEEDS_STEP, Masks, Pruner, no_evidence
 from sparsehooks.rewinding import Snapshot
+from sparsehooks.sharding import local, part, whole, write
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
 
@@ -176,7 +177,7 @@ class PruneRun:
         for target in self._stage.targets:
             if target.parameter in self._run.masks.alive:
                 weight = self._run.weight(target)
-                weight.copy_(target.restore(self._masking(target)(target.matrix(weight), False)))
+                write(weight, target.restore(self._masking(target)(target.matrix(whole(weight)), False)))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
@@ -238,7 +239,7 @@ class PruneRun:
     def _overflowed(self) -> bool:
         """Whether a gradient scaler is about to skip this step."""
         gradients = [self._run.weight(target).grad for target in self._stage.targets]
-        return not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return not all(gradient is None or bool(torch.isfinite(whole(gradient)).all()) for gradient in gradients)
 
     def _masking(self, target: Target) -> swapping.Transform:
         learned = self._learned(target)
@@ -261,10 +262,11 @@ class PruneRun:
             name, weight = target.parameter, self._run.weight(target)
             if weight.grad is None:
                 raise SessionError(f"{self._stage.label}: no gradient reached '{name}'; unfreeze it or exclude it")
-            check_finite(f"gradients of '{name}'", weight.grad, "lower the learning rate, or look at the data")
-            found["gradient"] = target.matrix(weight.grad)
+            gradient = whole(weight.grad)
+            check_finite(f"gradients of '{name}'", gradient, "lower the learning rate, or look at the data")
+            found["gradient"] = target.matrix(gradient)
             if Need.MOMENTUM in self._pruner.needs:
-                found["momentum"] = target.matrix(self._momentum(weight))
+                found["momentum"] = target.matrix(whole(self._momentum(weight)))
         return found
 
     def _momentum(self, weight: nn.Parameter) -> Tensor:
@@ -313,7 +315,7 @@ class RegularizeRun:
         for target in self._stage.targets:
             gradient = self._run.weight(target).grad
             if gradient is not None and target.parameter in added:  # else no group holds it
-                gradient.add_(target.restore(added[target.parameter]))
+                local(gradient).add_(part(target.restore(added[target.parameter]), gradient))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -326,10 +328,11 @@ class RegularizeRun:
             moved = self._regularizer.proximal(self._matrices(), self._pattern, sizes)
         for target in self._stage.targets:
             if moved is not None and target.parameter in moved:
-                self._run.weight(target).copy_(target.restore(moved[target.parameter]))
+                write(self._run.weight(target), target.restore(moved[target.parameter]))
 
     def _matrices(self) -> dict[str, Tensor]:
-        return {target.parameter: target.matrix(self._run.weight(target).detach()) for target in self._stage.targets}
+        weights = {target: self._run.weight(target).detach() for target in self._stage.targets}
+        return {target.parameter: target.matrix(whole(weight)) for target, weight in weights.items()}
 
     def _step_size(self, target: Target, strength: float) -> Tensor | float:
         """By how much a weight moves for a unit of gradient, times the strength; a matrix under Adam."""
@@ -344,5 +347,5 @@ class RegularizeRun:
         if slots.get("exp_avg_sq") is None:
             return rate
         correction = 1 - group["betas"][1] ** float(slots["step"])
-        sizes: Tensor = rate / ((target.matrix(slots["exp_avg_sq"]) / correction).sqrt() + group["eps"])
+        sizes: Tensor = rate / ((target.matrix(whole(slots["exp_avg_sq"])) / correction).sqrt() + group["eps"])
         return sizes

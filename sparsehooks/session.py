@@ -37,6 +37,7 @@ from sparsehooks.recipe import (
     ShrinkStage,
 )
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
+from sparsehooks.sharding import is_sharded, local, part, same_zeros, unsupported
 from sparsehooks.targets import Target
 from sparsehooks.views import SessionView
 
@@ -47,6 +48,21 @@ if TYPE_CHECKING:
 DIVERGED = "the training has diverged, lower the learning rate"
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
+
+
+def state_in(optimizer: Mapping[str, Any], which: str = "that was loaded") -> dict[str, Any]:
+    """The state of a session that an optimizer's state dict carries.
+
+    Raises:
+        SessionError: if it carries none.
+    """
+    state = optimizer.get("param_groups", [{}])[0].get(KEY)
+    if state is None:
+        raise SessionError(
+            f"the checkpoint {which} carries no state of sparsehooks (it has no optimizer state, or was made "
+            "without the recipe); resume from one that does, or start a new run from its weights"
+        )
+    return state  # type: ignore[no-any-return]
 
 
 class Session:
@@ -71,6 +87,7 @@ class Session:
         self.masks = Masks({}, plan.recipe.seed)
         self._metadata: dict[str, dict[str, str]] = {}
         self._running = False
+        self.sharded = False
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
@@ -102,6 +119,7 @@ class Session:
         optimizer: torch.optim.Optimizer | None = None,
         step: int = 0,
         *,
+        state: Mapping[str, Any] | None = None,
         folder: Path | None = None,
         opened: Collection[str] | None = None,
         calibration: Calibration | None = None,
@@ -112,6 +130,7 @@ class Session:
             model: the unwrapped model, on its device.
             optimizer: the torch optimizer; a resumed one carries the state of the session.
             step: 0 for a new run.
+            state: of a resumed run on sharded parameters, whose optimizer carries none.
             folder: where to keep what a resumed run needs of its start.
             opened: of an artifact that is trained further, the names of its pruned parameters: their zeros, and
                 those of the recipe's own targets, are the first masks.
@@ -123,14 +142,15 @@ class Session:
         self._model = model
         self._optimizer = optimizer
         self._weights = dict(model.named_parameters())
-        if any(hasattr(weight, "device_mesh") for weight in self._weights.values()):
-            raise SessionError("sharded parameters (FSDP2) are not supported yet; train with DDP or on one device")
+        self.sharded = is_sharded(model)
+        self._check_sharding()
         if step == 0 and optimizer is not None and KEY in optimizer.param_groups[0]:
             raise SessionError(
                 "another run of sparsehooks is attached to this optimizer; put all stages into one recipe and one "
                 "callback, or call detach() on the callback of a run that broke off"
             )
-        state = self._state_of_step(step) if step > 0 else None
+        if step > 0 and state is None:
+            state = self._state_of_step(step)
         self.step = step
         self.masks = Masks(self._weights, self.plan.recipe.seed)
         self.masks.on_grown = self._reset_slots
@@ -169,7 +189,12 @@ class Session:
             # whoever saves the optimizer saves a checkpoint, and a run that goes on from it finds the same answers
             self._saving = optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush())
         if state is not None:
-            self.load_state_dict(state)
+            self._take(state)
+            if self.sharded and (name := same_zeros(self._weights, self.masks.masked_weights())) is not None:
+                raise SessionError(
+                    f"the weights of '{name}' and the masks that were loaded do not belong together; resume from the "
+                    "folder that holds both"
+                )
         elif opened is not None:
             self.masks.from_zeros(self._pruned(opened))
         self._running = True
@@ -222,8 +247,6 @@ class Session:
             SessionError: if it carries no state, or that of another run.
         """
         self.load_state_dict(self._state_of_step(None))
-        self._advance(update=False)
-        self._save_state()
 
     def after_step(self, *, skipped: bool = False) -> None:
         """Call after each optimizer step.
@@ -264,16 +287,16 @@ class Session:
             or any(cast(Activation, component).learned for component in acting)
         )
 
-    def take_learned(self, optimizer: Mapping[str, Any]) -> None:
+    def take_learned(self, state: Mapping[str, Any]) -> None:
         """Call after the loop has gone back to the weights of a checkpoint: to its masks and what was learned, too.
 
         Args:
-            optimizer: the state dict of the optimizer in that checkpoint.
+            state: of the session in that checkpoint.
 
         Raises:
-            SessionError: if it carries no state, or that of another run.
+            SessionError: if it is that of another run.
         """
-        state = self._checked(self._state_in(optimizer, "that was loaded"))
+        state = self._checked(state)
         self.masks.load_state_dict(state["masks"])
         for index, quantizing in self._quantizing.items():
             quantizing.load_state_dict(state["quantizing"][index])
@@ -383,11 +406,16 @@ class Session:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave.
+        """Go on where ``state_dict`` was called, on the weights of that moment.
 
         Raises:
             SessionError: if it belongs to another recipe or another version.
         """
+        self._take(state)
+        self._advance(update=False)
+        self._save_state()
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         state = self._checked(state)
         self.step = state["step"]
         self._statuses = dict(state["statuses"])
@@ -431,21 +459,20 @@ class Session:
 
     def _state_of_step(self, step: int | None) -> dict[str, Any]:
         which = "that was loaded" if step is None else f"of step {step}"
-        return self._state_in({} if self._optimizer is None else vars(self._optimizer), which)
-
-    @staticmethod
-    def _state_in(optimizer: Mapping[str, Any], which: str) -> dict[str, Any]:
-        state = optimizer.get("param_groups", [{}])[0].get(KEY)
-        if state is None:
-            raise SessionError(
-                f"the checkpoint {which} carries no state of sparsehooks (it has no optimizer state, or was made "
-                "without the recipe); resume from one that does, or start a new run from its weights"
-            )
-        return state  # type: ignore[no-any-return]
+        return state_in({} if self._optimizer is None else vars(self._optimizer), which)
 
     def _save_state(self) -> None:
-        if self._optimizer is not None:
+        if self._optimizer is not None and not self.sharded:
             self._optimizer.param_groups[0][KEY] = self.state_dict()
+
+    def _check_sharding(self) -> None:
+        if (why := unsupported(self._model)) is not None:
+            raise SessionError(f"{why}, which masks cannot follow; shard with FSDP2 alone, or train with DDP")
+        if self.sharded and any(isinstance(stage.stage, ShrinkStage) for stage in self.plan.stages):
+            raise SessionError(
+                "sharded weights (FSDP2) cannot shrink; leave the stage out, save, and call sparsehooks.compress on "
+                "the folder with a recipe that only says 'shrink = true'"
+            )
 
     # ---------------------------------------------------------------------------------------------------- progress
 
@@ -519,7 +546,7 @@ class Session:
         if self._optimizer is not None:
             for slot in self._optimizer.state.get(self._weights[name], {}).values():
                 if isinstance(slot, Tensor) and slot.shape == grown.shape:
-                    slot.masked_fill_(grown, 0)
+                    local(slot).masked_fill_(part(grown, slot), 0)
 
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Conv1D
 
+from sparsehooks.sharding import whole
+
 if TYPE_CHECKING:
     from sparsehooks.targets import Target
 
@@ -114,7 +116,7 @@ def swap(model: nn.Module, target: Target, step: Step, transform: Transform) -> 
 def entering(model: nn.Module, target: Target, step: Step) -> Tensor:
     """The target's matrix as it enters a step: after the steps before it."""
     module: Any = model.get_submodule(target.modules[0])
-    matrix: Tensor = target.matrix(module.weight.detach())
+    matrix: Tensor = target.matrix(whole(module.weight.detach()))
     transforms = module._sparsehooks_transforms if isinstance(module, EffectiveWeight) else {}
     for earlier in get_args(Step)[: get_args(Step).index(step)]:
         if earlier in transforms:

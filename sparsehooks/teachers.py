@@ -10,15 +10,17 @@ import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.models import open_model
+from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 from sparsehooks.teacher_cache import TeacherCache
 
 START = "sparsehooks-start"
@@ -114,13 +116,13 @@ def frozen_copy(model: M, shared: Collection[str] = ()) -> M:
 
     Args:
         model: any.
-        shared: names of parameters that are not copied: both models have their memory.
+        shared: names of parameters that are not copied: both models have their memory. None of a sharded model.
     """
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         if name in shared:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    duplicate = copy.deepcopy(model, memo)
+    duplicate = cast(M, whole_copy(model)) if is_sharded(model) else copy.deepcopy(model, memo)
     # Mixed precision binds ``forward`` on the instance; the copy's would still call the original.
     for attribute in ("forward", "_original_forward"):
         duplicate.__dict__.pop(attribute, None)
@@ -149,19 +151,28 @@ def teacher_digest(model: nn.Module) -> str:
     """A fingerprint of a model's weights, class and config, in hexadecimal; not of where it came from."""
     config = getattr(model, "config", None)
     facts = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in ORIGIN}
-    said = f"{type(model).__name__} {json.dumps(facts, sort_keys=True, default=str)} {weights_digest(model)}"
+    said = f"{type(model).__name__} {json.dumps(facts, sort_keys=True, default=str)} {weights_digest(model.state_dict())}"
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def write_start(model: nn.Module, folder: Path) -> str:
-    """Keep the model's weights in ``folder/sparsehooks-start``, and return the fingerprint (sha256) that names them.
+def keep_start(model: nn.Module, folder: Path | None) -> str:
+    """The fingerprint (sha256) of the model's weights, which are kept in the folder if there is one; on every rank.
+
+    Raises:
+        SessionError: if the folder cannot be written.
+    """
+    state = whole_state(model)
+    return once(lambda: weights_digest(state) if folder is None else write_start(state, folder))
+
+
+def write_start(state: Mapping[str, Tensor], folder: Path) -> str:
+    """Keep a model's state dict in ``folder/sparsehooks-start``, and return the fingerprint (sha256) that names them.
 
     Raises:
         SessionError: if the folder cannot be written.
     """
     temporary = folder / START / f".{os.getpid()}.tmp"
     unique: dict[int, str] = {}
-    state = model.state_dict()
     tensors = {name: t.contiguous() for name, t in state.items() if unique.setdefault(_key(t), name) == name}
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -203,12 +214,12 @@ def _start_file(folder: Path, fingerprint: str) -> Path:
     return folder / START / f"{fingerprint}.safetensors"
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of the model's weights (sha256), for a start that is kept in memory only."""
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """A fingerprint of a model's state dict (sha256), for a start that is kept in memory only."""
     total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -218,5 +229,5 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _key(tensor: torch.Tensor) -> int:
+def _key(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else id(tensor)

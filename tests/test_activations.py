@@ -277,6 +277,9 @@ def test_without_calibration_the_first_training_batches_count():
     again = Activations([(planned, TEAL(Options(batches=2)), find(other, ("Linear",), ("lm_head",))[0])], other)
     again.load_state_dict(state)
     assert torch.equal(out(other), out(model))
+    again.load_state_dict({})  # of a checkpoint before the stage began
+    assert torch.equal(out(other), out(tiny_llama()))
+    again.load_state_dict(state)
     assert again.finish() == acts.finish()
 
 

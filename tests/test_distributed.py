@@ -17,14 +17,19 @@ WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
 def run(folder, mode, processes):
+    return launch(WORKER, folder, mode, processes)
+
+
+def launch(worker, folder, mode, processes):
+    """What each process of a worker script found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [sys.executable, *(launch if processes > 1 else []), str(WORKER), str(folder), mode]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(worker), str(folder), mode]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(path) for path in sorted(folder.glob(f"{mode}-rank*.pt"))]
+    return [torch.load(folder / f"{mode}-rank{rank}.pt") for rank in range(processes)]
 
 
 def test_two_ranks_compress_resume_and_save_as_one(tmp_path):

@@ -380,7 +380,7 @@ def test_a_group_that_does_not_fit_what_has_shrunk_is_said():
             {"quantize": {"use": "int4", "per": "group", "group": 7}},
             "64 input features do not divide by the group of 7",
         ),
-        ({"quantize": "int9"}, "no plugin offers the quantizer 'int9'"),
+        ({"quantize": "int9"}, "'bits' = 9 is outside 2 to 8"),
         ({"quantize": {"use": "int", "bits": 9}}, "'bits' = 9 is outside 2 to 8"),
         ({"quantize": "int4", "solver": "gptq"}, "needs calibration batches"),
         ({"quantize": "int4", "solver": {"use": "gptq", "order": "up"}}, "expected one of"),

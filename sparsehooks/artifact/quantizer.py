@@ -7,6 +7,7 @@ makes the quantizer known to transformers.
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,12 +95,14 @@ class SparseHooksQuantizer(HfQuantizer):
     Attributes:
         level: how much work saving may put into a smaller file.
         signed_zeros: whether saving keeps -0.0.
+        given: the state dict that is saved in place of the model's own.
         conversions: how the weights in memory were made of those in the file; None if transformers shall look it up.
     """
 
     requires_calibration = False
     level: Level = "balanced"
     signed_zeros = False
+    given: Mapping[str, Tensor] | None = None
     conversions: list[Any] | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -196,6 +199,7 @@ class SparseHooksQuantizer(HfQuantizer):
         """Make it a model like any other, which is saved dense."""
         self._return_conversions(model)
         del model.hf_quantizer
+        vars(model).pop("save_pretrained", None)
         del model.config.quantization_config
         model.__dict__.pop("quantization_method", None)
         model.is_quantized = False
@@ -233,7 +237,8 @@ class SparseHooksQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # of a model with adapters only these are saved, which nobody would decode
         unwrapped = unwrap_model(model)
-        state = remove_tied_weights_from_state_dict(unwrapped.state_dict(), unwrapped)
+        state = dict(unwrapped.state_dict() if self.given is None else self.given)
+        state = remove_tied_weights_from_state_dict(state, unwrapped)
         for name, tensor in state.items():
             if tensor.is_meta:
                 state[name] = load_offloaded_parameter(unwrapped, name)
@@ -264,6 +269,34 @@ def arm(model: Any, config: SparseHooksConfig, *, level: Level = "balanced", sig
     quantizer.take_conversions(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = config
+    model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+
+
+def _save_pretrained(
+    self: Any,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """The model's own, which asks its quantizer for the tensors: the quantizer shall know which were given.
+
+    Of sharded weights rank 0 saves what all gather, so every rank has to call it.
+    """
+    from sparsehooks.distributed import rank
+    from sparsehooks.sharding import is_sharded, whole_state
+
+    if state_dict is None and is_sharded(self):
+        state_dict, is_main_process = whole_state(self), is_main_process and rank() == 0
+    quantizer = self.hf_quantizer
+    quantizer.given = state_dict
+    try:
+        type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **options)
+    finally:
+        quantizer.given = None
+
+
+_save_pretrained.__name__ = "save_pretrained"  # so that a pickled model finds its own again
 
 
 def disarm(model: Any) -> SparseHooksConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from sparsehooks.components import Level
 from sparsehooks.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def save_pretrained(
@@ -27,7 +28,8 @@ def save_pretrained(
     sparsehooks``, ``AutoModel.from_pretrained`` opens it bit for bit (a negative zero becomes a positive one).
 
     Args:
-        model: a transformers model, or any module, which is saved as ``model.safetensors`` alone.
+        model: a transformers model, or any module, which is saved as ``model.safetensors`` alone. With sharded weights
+            (FSDP2) every rank has to call this; rank 0 writes.
         folder: a new or empty folder, or an earlier artifact to replace.
         level: how much work saving may put into a smaller file: "fast", "balanced" or "small". All open alike.
         signed_zeros: keep -0.0, which otherwise becomes +0.0 in the tensors that are encoded.
@@ -37,18 +39,37 @@ def save_pretrained(
         ArtifactError: if the level or an option does not exist, a weight is still a pair of torch.nn.utils.prune, or
             the folder holds something else or cannot be written.
     """
+    from sparsehooks.distributed import once
+    from sparsehooks.sharding import is_sharded, whole_state
+
     check_level(level)
     if not hasattr(model, "state_dict"):
         raise ArtifactError(f"save_pretrained takes a module, not a {type(model).__name__}")
     if options.get("push_to_hub"):
         options.setdefault("repo_id", Path(folder).name)  # transformers would take the name of the temporary folder
-    with new_folder(folder) as temporary:
-        write_model(model, temporary, level=level, signed_zeros=signed_zeros, **options)
+    if is_sharded(model):
+        state = whole_state(model)
+        once(lambda: _write_folder(model, folder, level, signed_zeros, options | {"state_dict": state}))
+    else:
+        _write_folder(model, folder, level, signed_zeros, options)
     return Path(folder)
 
 
+def _write_folder(
+    model: nn.Module, folder: str | Path, level: Level, signed_zeros: bool, options: Mapping[str, Any]
+) -> None:
+    with new_folder(folder) as temporary:
+        write_model(model, temporary, level=level, signed_zeros=signed_zeros, **options)
+
+
 def write_model(
-    model: nn.Module, folder: Path, *, level: Level = "balanced", signed_zeros: bool = False, **options: Any
+    model: nn.Module,
+    folder: Path,
+    *,
+    level: Level = "balanced",
+    signed_zeros: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> None:
     """What ``save_pretrained`` writes, into a folder that is there already."""
     from safetensors.torch import save_file
@@ -59,13 +80,14 @@ def write_model(
     if not isinstance(model, PreTrainedModel):
         if options:
             raise ArtifactError(f"a module that is no transformers model is saved without option '{min(options)}'")
-        tensors, metadata = encode_state_dict(model.state_dict(), level=level, signed_zeros=signed_zeros)
+        state = dict(model.state_dict() if state_dict is None else state_dict)
+        tensors, metadata = encode_state_dict(state, level=level, signed_zeros=signed_zeros)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
         return
     config = disarm(model)
     arm(model, config or SparseHooksConfig(), level=level, signed_zeros=signed_zeros)
     try:
-        model.save_pretrained(folder, **options)
+        model.save_pretrained(folder, state_dict=state_dict, **options)
     finally:
         disarm(model)
         if config is not None:

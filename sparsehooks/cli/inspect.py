@@ -31,14 +31,15 @@ def run(folder: Annotated[Path, typer.Argument(help="A folder that sparsehooks s
                 row.values or "",
                 f"{row.bytes:,}",
                 f"{row.bits_per_weight:.2f}",
-                f"{row.over_entropy:.2f}" if row.values else "",
+                f"{row.over_entropy:.2f}" if row.values and row.over_entropy >= 1 else "",
             )
             for row in found.tensors
         ),
         right=("sparsity", "bytes", "bits/weight", "x ideal"),
     )
+    over = found.bytes / max(1, found.entropy_bytes)
+    ideal = f", {over:.2f} x what an ideal code needs that knows how often values occur" if over >= 1 else ""
     typer.echo(
         f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.sparsity:.1%} zeros, "
-        f"{human_bytes(found.bytes)} of {human_bytes(found.dense_bytes)} ({found.ratio:.1%}), "
-        f"{found.bytes / max(1, found.entropy_bytes):.2f} x what an ideal code needs that knows how often values occur"
+        f"{human_bytes(found.bytes)} of {human_bytes(found.dense_bytes)} ({found.ratio:.1%})" + ideal
     )

@@ -22,10 +22,22 @@ def ask_for_hidden_states(model: nn.Module, session: Session) -> list[RemovableH
     if not session.needs_hidden_states:
         return []
 
+    _let_sharded_record(model)
+
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return (args, {**kwargs, "output_hidden_states": True}) if trains(module) else None
 
     return [model.register_forward_pre_hook(ask, with_kwargs=True)]
+
+
+def _let_sharded_record(model: nn.Module) -> None:
+    """Have transformers return hidden states of classes that ``fully_shard`` made: it knows them by their names."""
+    from torch.distributed.fsdp import FSDPModule
+    from transformers.utils import output_capturing
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and hasattr(module, "_can_record_outputs"):
+            output_capturing._CAN_RECORD_REGISTRY[module] = module._can_record_outputs  # type: ignore[index, assignment]
 
 
 def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:

@@ -12,10 +12,12 @@ from torch import nn
 from transformers.modeling_utils import unwrap_model
 
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
+from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import add_loss_terms
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.session import KEY, Session
+from sparsehooks.sharding import local
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,12 +73,8 @@ def attach(
                 opened=config.pruned if config is not None else None,
             )
         handles += add_loss_terms(unwrapped, session)
-        handles.append(inner.register_load_state_dict_post_hook(lambda _: session.reload()))
-        scaler = getattr(accelerator, "scaler", None)
-        handles.append(
-            inner.register_step_pre_hook(lambda *_: session.before_step(1.0 if scaler is None else scaler.get_scale()))
-        )
-        handles.append(inner.register_step_post_hook(lambda *_: session.after_step()))
+        handles += _follow_checkpoints(session, inner, accelerator)
+        handles += _follow_steps(session, inner, getattr(accelerator, "scaler", None))
         with session.aborting():
             yield session
             session.finish()
@@ -84,3 +82,41 @@ def attach(
         for handle in handles:
             handle.remove()
     arm(unwrapped, SparseHooksConfig(**session.provenance))
+
+
+def _follow_steps(session: Session, optimizer: torch.optim.Optimizer, scaler: Any) -> list[Any]:
+    counts = True
+
+    def before(*_: Any) -> None:
+        nonlocal counts
+        counts = not _only_makes_state(optimizer)
+        if counts:
+            session.before_step(1.0 if scaler is None else scaler.get_scale())
+
+    def after(*_: Any) -> None:
+        if counts:
+            session.after_step()
+
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+def _only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is the step, of no gradients at no rate, by which torch makes room for a distributed checkpoint."""
+    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
+    return all(weight.grad is not None and not bool(local(weight.grad).any()) for weight in weights)
+
+
+def _follow_checkpoints(
+    session: Session, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None
+) -> list[Any]:
+    """The optimizer carries the state, but for sharded weights, where it lies in a file of Accelerate's checkpoint."""
+    if not session.sharded:
+        return [optimizer.register_load_state_dict_post_hook(lambda _: session.reload())]
+    if accelerator is None:
+        return []  # what saves and loads sharded weights saves and loads session.state_dict() too
+    return [
+        accelerator.register_save_state_pre_hook(lambda _models, _weights, folder: write_state(session, folder)),
+        accelerator.register_load_state_pre_hook(lambda _, folder: session.load_state_dict(read_state(folder))),
+    ]

@@ -12,13 +12,16 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.errors import SessionError
+from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import add_loss_terms, ask_for_hidden_states, trains
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
-from sparsehooks.session import Session
+from sparsehooks.session import Session, state_in
+from sparsehooks.sharding import is_sharded
 
 
 class CompressionCallback(TrainerCallback):
@@ -43,6 +46,7 @@ class CompressionCallback(TrainerCallback):
         self.recipe = Recipe.of(recipe, self.manager)
         self.session: Session | None = None
         self.adds_loss_terms = True
+        self.resumes_from: str | Path | None = None
         self._handles: list[RemovableHandle] = []
         self._complete = False
 
@@ -87,6 +91,7 @@ class CompressionCallback(TrainerCallback):
                 model,
                 getattr(optimizer, "optimizer", optimizer),
                 state.global_step,
+                state=self._beside_checkpoint(args, state, model),
                 folder=Path(args.output_dir or "."),
                 opened=config.pruned if config is not None else None,
             )
@@ -133,17 +138,32 @@ class CompressionCallback(TrainerCallback):
             with self._aborting() as session:
                 session.metrics(kwargs["metrics"])
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep beside the checkpoint what an optimizer over sharded weights cannot carry."""
+        if self.session is not None and self.session.sharded:
+            with self._aborting() as session:
+                write_state(session, _checkpoint(args, state))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Finish, and arm the model: from here on it saves in the sparse form."""
         with self._aborting() as session:
             if session.learns and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                path = Path(state.best_model_checkpoint) / OPTIMIZER_NAME
-                session.take_learned(torch.load(path, map_location="cpu", weights_only=True))
+                best = Path(state.best_model_checkpoint)
+                if session.sharded:
+                    session.take_learned(read_state(best))
+                else:
+                    optimizer = torch.load(best / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+                    session.take_learned(state_in(optimizer))
             session.finish()
         self.detach()
         arm(kwargs["model"], SparseHooksConfig(**session.provenance))
+
+    def _beside_checkpoint(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any] | None:
+        if not state.global_step or not is_sharded(model):
+            return None
+        return read_state(self.resumes_from or args.resume_from_checkpoint or _checkpoint(args, state))
 
     @contextmanager
     def _aborting(self) -> Iterator[Session]:
@@ -155,6 +175,10 @@ class CompressionCallback(TrainerCallback):
         except BaseException as error:
             self.detach(error)
             raise
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def attach_trainer(
@@ -181,6 +205,8 @@ def attach_trainer(
 
     @functools.wraps(train)
     def train_and_detach(*args: Any, **kwargs: Any) -> Any:
+        checkpoint = args[0] if args else kwargs.get("resume_from_checkpoint")
+        callback.resumes_from = checkpoint if isinstance(checkpoint, (str, Path)) else None
         try:
             return train(*args, **kwargs)
         except BaseException as error:
