@@ -37,7 +37,12 @@ class Need(enum.Enum):
     """Something that the session collects once for all components that declare it in ``needs``."""
 
     HIDDEN_STATES = "hidden_states"
-    """Student and teacher run with ``output_hidden_states=True``."""
+    """``output["hidden_states"]``: of the embeddings and of each layer, (samples, tokens, width)."""
+    ATTENTIONS = "attentions"
+    """``output["attentions"]``: the probabilities of each layer, (samples, heads, queries, keys)."""
+    PROJECTIONS = "projections"
+    """``output["queries"]``, ``["keys"]`` and ``["values"]``: what the projections of each layer's self-attention give,
+    before positions are rotated into them, (samples, tokens, width)."""
     GRADIENT = "gradient"
     """``view.gradient``: of the loss of an optimizer step, or of the calibration batches."""
     MOMENTUM = "momentum"
@@ -528,9 +533,15 @@ class Quantizer(ComponentBase):
 
 
 class Distiller(ComponentBase):
-    """What does the teacher teach?"""
+    """What does the teacher teach?
+
+    Attributes:
+        contrasts: whether an item is measured against the other samples of its micro-batch, so that its loss depends
+            on them; the loss of any other distiller does not.
+    """
 
     kind = "distiller"
+    contrasts: ClassVar[bool] = False
 
     def prepare(self, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Make the tensors to learn beside the student (projections between widths), before the first step.
@@ -548,9 +559,10 @@ class Distiller(ComponentBase):
         """One value for each item, shape (items,), unreduced: the session alone divides.
 
         Args:
-            student: the model output of the student, with gradients.
-            teacher: the model output of the teacher, without.
-            batch: the inputs, and ``batch.items`` to pick the items.
+            student: the model output of the student, with gradients, and what ``needs`` asks for: a tuple with one
+                tensor a layer.
+            teacher: the model output of the teacher, without gradients, likewise.
+            batch: the inputs, ``batch.items`` to pick the items, ``batch.targets`` and ``batch.mask``.
             learned: the tensors that ``prepare`` made, as they are now.
         """
 

@@ -88,5 +88,5 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
 
 
 def _words(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a list"}
+    return names.get(typing.get_origin(hint) or hint, getattr(hint, "__name__", str(hint)))

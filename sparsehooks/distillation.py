@@ -13,6 +13,7 @@ from sparsehooks.components import LEARNING_RATE, Distiller, Need, Pattern
 from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
+from sparsehooks.outputs import Outputs
 from sparsehooks.plan import Plan, PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
@@ -49,10 +50,12 @@ class Distillation:
         self._resumed = start is not None
         self._learned = learned
         self._unused = False
+        self._weights: dict[int, Tensor] = {}
         self._teachers: dict[TeacherUse, Teacher] = {}
-        wanting = [planned for planned, distiller in stages.values() if Need.HIDDEN_STATES in distiller.needs]
-        self._with_hidden_states = {use for planned in wanting for use in _uses(planned)}
-        self.needs_hidden_states = bool(self._with_hidden_states)
+        needs: dict[TeacherUse, set[Need]] = {}
+        for planned, distiller in stages.values():
+            for use in _uses(planned):
+                needs.setdefault(use, set()).update(distiller.needs)
         device = next(model.parameters()).device
         unchanged = _unchanged(model, plan)
         caches = _caches(plan)
@@ -60,10 +63,23 @@ class Distillation:
             generator = torch.Generator().manual_seed(seed_of(plan.recipe.seed, index, "learned"))
             for number, use in enumerate(_uses(planned)):
                 if use not in self._teachers:
-                    self._teachers[use] = self._open(use, folder, unchanged, caches.get(use))
+                    self._teachers[use] = self._open(use, needs[use], folder, unchanged, caches.get(use))
                 with attributed(planned.components["distill"].record):
                     made = distiller.prepare(model, self._teachers[use].model, generator)
                 learned.add(_owner(index, number), made, device, LEARNING_RATE)
+        self.outputs = Outputs(model, set().union(*needs.values()))
+
+    def advance(self, index: int, share: float) -> None:
+        """The share of its weight that the schedule of a stage gives its loss in the next step."""
+        planned, _ = self._stages[index]
+        assert isinstance(planned.stage, DistillStage)
+        weight = torch.tensor(planned.stage.weight * share)  # compiled code would take a number for a constant
+        if share == 0.0:
+            self._weights.pop(index, None)
+        elif index in self._weights:
+            self._weights[index].copy_(weight)
+        else:
+            self._weights[index] = weight.to(next(self._model.parameters()).device)
 
     def terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """The sum of all loss terms of one micro-batch; see ``Session.loss_terms``."""
@@ -71,12 +87,15 @@ class Distillation:
         batch = Batch(inputs, self._shifts)
         items = inputs.get("num_items_in_batch")
         answers: dict[TeacherUse, Mapping[str, Any]] = {}
+        outputs = self.outputs.complete(outputs)
         for index, (planned, distiller) in self._stages.items():
+            if index not in self._weights:
+                continue
             assert isinstance(planned.stage, DistillStage)
             losses = []
             for number, use in enumerate(planned.stage.teacher):
                 if use not in answers:
-                    answers[use] = self._teachers[use](inputs, hidden_states=use in self._with_hidden_states)
+                    answers[use] = self._teachers[use](inputs)
                 with attributed(planned.components["distill"].record):
                     values = distiller.loss(outputs, answers[use], batch, self._learned.of(_owner(index, number)))
                     if values.dim() != 1:
@@ -86,7 +105,7 @@ class Distillation:
                         )
                 losses.append(values)
             values = losses[0] if len(losses) == 1 else torch.stack(losses).mean(dim=0)
-            term = planned.stage.weight * values.sum() / max(values.numel(), 1)
+            term = self._weights[index] * values.sum() / max(values.numel(), 1)
             if items is not None:  # the share of this micro-batch in all that the Trainer accumulates
                 counted = batch.count()
                 term = term * (values.numel() if counted is None else counted) / items
@@ -131,7 +150,9 @@ class Distillation:
         for teacher in self._teachers.values():
             teacher.flush()
 
-    def _open(self, use: TeacherUse, folder: Path | None, unchanged: set[str], cache: str | None) -> Teacher:
+    def _open(
+        self, use: TeacherUse, needs: set[Need], folder: Path | None, unchanged: set[str], cache: str | None
+    ) -> Teacher:
         dtype = None if use.dtype is None else getattr(torch, use.dtype)
         shared: Collection[str] = ()
         if use.use == "self":
@@ -140,7 +161,8 @@ class Distillation:
             model, shared = self._open_self(folder, shared)
         else:
             model = self._open_other(use.use)
-        return Teacher(model, self._model, shared=shared, dtype=dtype, cache=None if cache is None else Path(cache))
+        kept = None if cache is None else Path(cache)
+        return Teacher(model, self._model, needs, shared=shared, dtype=dtype, cache=kept)
 
     def _open_other(self, name: str) -> nn.Module:
         teacher = open_teacher(name)

@@ -157,7 +157,7 @@ KEYS = {
     ActivationStage: {"activation": "activation", "schedule": "schedule"},
     ShrinkStage: {},
     QuantizeStage: {"quantize": "quantizer", "schedule": "schedule", "solver": "solver"},
-    DistillStage: {"distill": "distiller"},
+    DistillStage: {"distill": "distiller", "schedule": "schedule"},
 }
 """For each kind of stage: which of its keys name a component, and of which kind."""
 

@@ -249,6 +249,7 @@ class DistillStage(Stage):
         distill: the loss.
         teacher: whom from. With several, the loss is the mean of theirs.
         weight: the factor of this loss; it is added to the model's own loss.
+        schedule: from when on, and at which share of the weight by then.
         cache: a folder that keeps what the teachers answered: each sample is asked about once, ever.
     """
 
@@ -256,6 +257,7 @@ class DistillStage(Stage):
     distill: Use = Use("kl")
     teacher: Teachers = SELF
     weight: float = 1.0
+    schedule: Use = Use("oneshot")
     cache: str | None = None
 
     def __post_init__(self) -> None:

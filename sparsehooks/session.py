@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sparsehooks import swapping
 from sparsehooks.activations import Activations, recorded
@@ -23,6 +22,7 @@ from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.learned import Learned
 from sparsehooks.masks import check_finite
+from sparsehooks.outputs import Outputs
 from sparsehooks.plan import Plan, PlannedStage
 from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks
@@ -99,8 +99,8 @@ class Session:
         self._swapped: dict[str, Target] = {}
         self._quantizing: dict[int, QuantizeRun] = {}
         self._shrunk: dict[str, Any] = {}
-        self._saving: RemovableHandle | None = None
         self._activations = Activations((), nn.Module())
+        self._left = ExitStack()
 
     @classmethod
     def of(cls, recipe: Recipe, manager: PluginManager, model: nn.Module, total_steps: int) -> Session:
@@ -185,9 +185,8 @@ class Session:
         ]
         self._activations = Activations(acting, model, self._learned if optimizer is not None else None)
         self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
-        if optimizer is not None:
-            # whoever saves the optimizer saves a checkpoint, and a run that goes on from it finds the same answers
-            self._saving = optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush())
+        self._left.callback(self._distillation.outputs.close)
+        self._keep_answers(optimizer)
         if state is not None:
             self._take(state)
             if self.sharded and (name := same_zeros(self._weights, self.masks.masked_weights())) is not None:
@@ -209,9 +208,9 @@ class Session:
         return any(isinstance(stage.stage, DistillStage) for stage in self.plan.stages)
 
     @property
-    def needs_hidden_states(self) -> bool:
-        """Whether the student's forward has to return its hidden states."""
-        return self._distillation.needs_hidden_states
+    def outputs(self) -> Outputs:
+        """What the student's training forwards have to return."""
+        return self._distillation.outputs
 
     def loss_terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """What the distillers add to the loss of one micro-batch: a scalar, or None if there are none.
@@ -346,20 +345,25 @@ class Session:
     def _end(self, error: BaseException | None) -> None:
         self._activations.abort()
         self._unswap()
-        if self._saving is not None:
-            self._saving.remove()
-            self._keep_answers()
+        self._left.close()
         if self._optimizer is not None:
             self._optimizer.param_groups[0].pop(KEY, None)
         if self._running:
             self._running = False
             self.manager.session_finished(self.view, error)
 
-    def _keep_answers(self) -> None:
-        try:
-            self._distillation.flush()
-        except SessionError as error:  # what was trained is worth more than the cache
-            warnings.warn(str(error), stacklevel=2)
+    def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write what the teachers answered with each checkpoint, so that a run goes on with the same, and at the end."""
+
+        def at_the_end() -> None:
+            try:
+                self._distillation.flush()
+            except SessionError as error:  # what was trained is worth more than the cache
+                warnings.warn(str(error), stacklevel=2)
+
+        self._left.callback(at_the_end)
+        if optimizer is not None:
+            self._left.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
 
     @contextmanager
     def aborting(self) -> Iterator[Session]:
@@ -520,6 +524,8 @@ class Session:
         first, last = schedule.window(self.total_steps)
         if isinstance(stage.stage, PruneStage) and update:
             self._pruning[stage.index].remember(self.step)
+        if isinstance(stage.stage, DistillStage):
+            self._distillation.advance(stage.index, schedule.at(self.step + 1, self.total_steps))
         if self.step < first:
             return
         if stage.index not in self._statuses:
@@ -530,7 +536,7 @@ class Session:
             self._activations.advance(stage, schedule.at(self.step, self.total_steps))
         elif isinstance(stage.stage, PruneStage) and update:
             self._tell(stage.index, self.step, self._pruning[stage.index].after_step(self.step))
-        ends = not isinstance(stage.stage, RegularizeStage)  # a penalty lasts as long as the run
+        ends = not isinstance(stage.stage, (RegularizeStage, DistillStage))  # what is added lasts as long as the run
         if ends and not self._pending(stage) and self.step >= last and self._statuses[stage.index] == "started":
             self._change(stage, "finished")
 

@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparsehooks.components import Need
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.models import open_model
+from sparsehooks.outputs import Outputs
 from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 from sparsehooks.teacher_cache import TeacherCache
 
@@ -40,6 +42,7 @@ class Teacher:
     Args:
         model: the teacher; it is changed to eval mode and its parameters to ``requires_grad=False``.
         student: on its device the teacher answers.
+        needs: what it returns beyond the usual.
         shared: the parameters whose memory is the student's.
         dtype: of its weights, if it shall be another one.
         cache: the folder that keeps its answers, if they are kept; while it is asked nothing it waits on the CPU.
@@ -49,6 +52,7 @@ class Teacher:
         self,
         model: nn.Module,
         student: nn.Module,
+        needs: Collection[Need],
         *,
         shared: Collection[str] = (),
         dtype: torch.dtype | None = None,
@@ -67,16 +71,17 @@ class Teacher:
         parameters = inspect.signature(model.forward).parameters
         self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
         self._accepts -= LABELS - {"labels"} if divided else LABELS  # it shifts labels into the decoder's inputs
+        self._outputs = Outputs(model, needs)
 
-    def __call__(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> Mapping[str, Any]:
+    def __call__(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The teacher's output for the student's inputs."""
         given = {name: value for name, value in inputs.items() if name in self._accepts}
         if self._cache is None:
-            return self._ask(given, hidden_states=hidden_states)
+            return self._ask(given)
         if not self._answers:  # the last batch was read as a whole, as the next ones will be
             self._move(torch.device("cpu"))
         self._answers = False
-        return self._cache.answer(given, lambda: self._ask(given, hidden_states=hidden_states))
+        return self._cache.answer(given, lambda: self._ask(given))
 
     def before_step(self) -> None:
         """Take a copy of what the student shares and is about to train."""
@@ -91,14 +96,13 @@ class Teacher:
             self._cache.flush()
 
     @torch.no_grad()
-    def _ask(self, given: Mapping[str, Any], *, hidden_states: bool) -> Mapping[str, Any]:
+    def _ask(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         self._answers = True
         self._move(self._home)
-        extra: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
+        asked = {name: self._cast(value) for name, value in given.items()} | self._outputs.ask()
         if "use_cache" in self._accepts:
-            extra["use_cache"] = False
-        answer: Mapping[str, Any] = self.model(**{name: self._cast(value) for name, value in given.items()}, **extra)
-        return answer
+            asked["use_cache"] = False
+        return self._outputs.complete(self.model(**asked))
 
     def _cast(self, value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -151,8 +155,8 @@ def teacher_digest(model: nn.Module) -> str:
     """A fingerprint of a model's weights, class and config, in hexadecimal; not of where it came from."""
     config = getattr(model, "config", None)
     facts = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in ORIGIN}
-    said = f"{type(model).__name__} {json.dumps(facts, sort_keys=True, default=str)} {weights_digest(model.state_dict())}"
-    return hashlib.sha256(said.encode()).hexdigest()
+    said = [type(model).__name__, facts, weights_digest(model.state_dict())]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def keep_start(model: nn.Module, folder: Path | None) -> str:

@@ -458,6 +458,8 @@ def _check_distiller(component: ComponentBase) -> None:
         )
         pairs = zip(_tensors(theirs), _tensors(before), strict=True)
         assert all(_same(one, other) for one, other in pairs), "loss() must leave the teacher's outputs as they are"
+        if distiller.contrasts:
+            continue
         halves = []
         for part in (slice(0, 2), slice(2, None)):
             batch = Batch({name: tensor[part] for name, tensor in inputs.items()})
@@ -496,6 +498,9 @@ def _token_batch() -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], i
 def _output(seed: int, *shape: int, teacher: bool = False) -> dict[str, Any]:
     states = tuple(_normal(4, 6, 8, seed=10 * seed + layer) for layer in range(3))
     output = {"logits": _normal(*shape, seed=10 * seed + 9), "hidden_states": states}
+    output["attentions"] = tuple(_normal(4, 2, 6, 6, seed=10 * seed + layer).softmax(-1) for layer in range(2))
+    for shift, part in enumerate(("queries", "keys", "values"), 1):
+        output[part] = tuple(_normal(4, 6, 16, seed=10 * seed + shift + layer) for layer in range(2))
     for tensor in _tensors(output):
         tensor.requires_grad_(not teacher)
     return output
@@ -509,7 +514,7 @@ def _part(output: Mapping[str, Any], part: slice) -> dict[str, Any]:
 
 
 def _tensors(output: Mapping[str, Any]) -> list[Tensor]:
-    return [output["logits"], *output["hidden_states"]]
+    return [tensor for value in output.values() for tensor in (value if isinstance(value, tuple) else (value,))]
 
 
 # ---------------------------------------------------------------------------------------------------- storage

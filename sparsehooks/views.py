@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -74,12 +74,26 @@ class Batch:
 
         None where the labels are not here.
         """
-        labels: Tensor | None = self.inputs.get("shift_labels")
-        if labels is None:
-            labels = self.inputs.get("labels")
-            if labels is not None and self.shifts_labels:
-                labels = labels[..., 1:]
-        return None if labels is None else (labels != -100).sum()
+        targets = self.targets()
+        return None if targets is None else (targets != -100).sum()
+
+    def targets(self) -> Tensor | None:
+        """The labels beside the outputs that they are compared with: shifted where the model's loss shifts.
+
+        Of the shape of the labels, with -100 where nothing is compared; None where the labels are not here.
+        """
+        shifted: Tensor | None = self.inputs.get("shift_labels")
+        labels: Tensor | None = self.inputs.get("labels")
+        if shifted is not None or labels is None or not self.shifts_labels:
+            return labels if shifted is None else shifted
+        from torch.nn.functional import pad
+
+        return pad(labels[..., 1:], (0, 1), value=-100)
+
+    def mask(self, shape: Sequence[int]) -> Tensor | None:
+        """Which tokens are real: bool, of ``shape`` (samples, tokens); None without an attention mask of that shape."""
+        mask: Tensor | None = self.inputs.get("attention_mask")
+        return None if mask is None or mask.shape != tuple(shape) else mask.bool()
 
     def items(self, values: Tensor) -> Tensor:
         """One value for each item that the Trainer counts.
@@ -93,15 +107,11 @@ class Batch:
         """
         if values.dim() == 1:
             return values
-        labels = self.inputs.get("shift_labels")
-        if labels is None:
-            labels = self.inputs.get("labels")
-            if labels is not None and self.shifts_labels:
-                labels, values = labels[:, 1:], values[:, :-1]
-        if labels is not None and labels.shape == values.shape:
-            return values[labels != -100]
-        mask = self.inputs.get("attention_mask")
-        if mask is None or mask.shape != values.shape:
+        targets = self.targets()
+        if targets is not None and targets.shape == values.shape:
+            return values[targets != -100]
+        mask = self.mask(values.shape)
+        if mask is None:
             return values.mean(dim=1)
         weights: Tensor = mask.to(values.dtype)
         return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

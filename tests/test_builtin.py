@@ -19,7 +19,7 @@ from sparsehooks.builtin.allocations.uniform import Uniform
 from sparsehooks.builtin.criteria.magnitude import Magnitude
 from sparsehooks.builtin.criteria.random import Random
 from sparsehooks.builtin.distillers.hidden import Hidden
-from sparsehooks.builtin.distillers.kl import KL
+from sparsehooks.builtin.distillers.logits import KL
 from sparsehooks.builtin.patterns.n_of_m import NOfM
 from sparsehooks.builtin.patterns.tiles import Block, Column, Row
 from sparsehooks.builtin.patterns.unstructured import Unstructured
@@ -506,7 +506,7 @@ def test_hidden_counts_tokens_where_the_labels_do():
 
 def test_another_number_of_layers_is_refused_with_what_to_write():
     with pytest.raises(
-        SessionError, match=r'student has 1 layers and the teacher 2; use \{ use = "hidden", layers = "last"'
+        SessionError, match='student has 1 layers and the teacher 2; use layers = "last", "uniform", or pairs'
     ):
         hidden(states(0, 1), states(2, 3, 4))
     assert hidden(states(0, 1), states(2, 3, 4), layers="last").shape == (3,)

@@ -112,7 +112,7 @@ def test_without_a_model_the_names_and_options_are_checked():
         ),
         (
             {"distill": {"use": "hidden", "layers": "first"}},
-            ".distill.layers: expected one of 'all', 'last'; got 'first'",
+            ".distill: 'layers' = 'first' is none of 'all', 'last', 'uniform', nor pairs [[student, teacher], ...]",
         ),
         ({"quantize": {"use": "int8", "bits": 4}}, ".quantize: 'int8' says 'bits' already"),
         ({"quantize": {"use": "int8", "grup": 4}}, ".quantize: unknown key 'grup'"),

@@ -50,9 +50,9 @@ def forwards(monkeypatch):
     sizes = []
     ask = Teacher._ask
 
-    def counted(self, given, **options):
+    def counted(self, given):
         sizes.append(len(given["input_ids"]))
-        return ask(self, given, **options)
+        return ask(self, given)
 
     monkeypatch.setattr(Teacher, "_ask", counted)
     return sizes
@@ -149,7 +149,7 @@ def test_a_teacher_in_lower_precision(teacher, tmp_path):
     data = batches(1)[0]
     recipe = distill("kl", teacher={"use": teacher, "dtype": "bfloat16"})
     with sparsehooks.attach(model, optimizer, recipe, total_steps=1) as session, torch.no_grad():
-        answer = teachers_of(session)[0](data, hidden_states=False)
+        answer = teachers_of(session)[0](data)
         assert answer["logits"].dtype == torch.bfloat16
         assert torch.equal(answer["logits"], twin(**data).logits)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -523,13 +523,13 @@ def test_answers_wait_in_memory_until_a_checkpoint_or_a_file_is_full(tmp_path, m
 
 def test_the_teacher_waits_on_the_cpu_while_it_is_asked_nothing(tmp_path, monkeypatch):
     model = tiny_classifier()
-    teacher = Teacher(copy.deepcopy(model), model, cache=tmp_path)
+    teacher = Teacher(copy.deepcopy(model), model, (), cache=tmp_path)
     moves = []
     monkeypatch.setattr(Teacher, "_move", lambda self, device: moves.append(device))
     teacher._home = "home"
     data = batches(2)
     for batch in (data[0], data[0], data[0], data[1]):
-        assert teacher(batch, hidden_states=False)["logits"].shape == (4, 3)
+        assert teacher(batch)["logits"].shape == (4, 3)
     assert moves == ["home", torch.device("cpu"), torch.device("cpu"), "home"]
 
 

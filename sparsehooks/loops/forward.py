@@ -17,15 +17,15 @@ from sparsehooks.errors import SessionError
 from sparsehooks.session import Session
 
 
-def ask_for_hidden_states(model: nn.Module, session: Session) -> list[RemovableHandle]:
-    """Make training forwards return their hidden states, if the session needs them."""
-    if not session.needs_hidden_states:
+def ask_for_outputs(model: nn.Module, session: Session) -> list[RemovableHandle]:
+    """Make training forwards return what the session needs of them: hidden states, attention maps."""
+    if not session.outputs.needed:
         return []
 
     _let_sharded_record(model)
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        return (args, {**kwargs, "output_hidden_states": True}) if trains(module) else None
+        return (args, {**kwargs, **session.outputs.ask()}) if trains(module) else None
 
     return [model.register_forward_pre_hook(ask, with_kwargs=True)]
 
@@ -58,7 +58,7 @@ def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
             return _with_loss(outputs, terms if own is None else own + terms)
         return outputs
 
-    return [*ask_for_hidden_states(model, session), model.register_forward_hook(add, with_kwargs=True)]
+    return [*ask_for_outputs(model, session), model.register_forward_hook(add, with_kwargs=True)]
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
-from sparsehooks.loops.forward import add_loss_terms, ask_for_hidden_states, trains
+from sparsehooks.loops.forward import add_loss_terms, ask_for_outputs, trains
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.session import Session, state_in
@@ -100,7 +100,7 @@ class CompressionCallback(TrainerCallback):
                     "with save_only_model the checkpoints lack what the recipe learns beside the model, and "
                     "load_best_model_at_end needs it; leave one of them out"
                 )
-            attach = add_loss_terms if self.adds_loss_terms else ask_for_hidden_states
+            attach = add_loss_terms if self.adds_loss_terms else ask_for_outputs
             self._handles = attach(model, session)
             if self._handles and getattr(args, "torch_compile", False):
                 torch.compiler.reset()  # compiled code ignores hooks that came later
