@@ -353,7 +353,7 @@ class Session:
             self.manager.session_finished(self.view, error)
 
     def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write what the teachers answered with each checkpoint, so that a run goes on with the same, and at the end."""
+        """Write what the teachers answered with each checkpoint, for runs that go on from it, and at the end."""
 
         def at_the_end() -> None:
             try:
