@@ -140,6 +140,7 @@ class Distillation:
                 "the state that was loaded belongs to a run with another start, so its teacher is not here; load the "
                 "optimizer before sparsehooks.attach, with the folder of that run"
             )
+        self._weights.clear()  # stages that have begun by then say theirs next
 
     def flush(self) -> None:
         """Write what the teachers answered since the last time, where a cache keeps it.

@@ -67,7 +67,7 @@ class TensorRow:
 
     @property
     def over_entropy(self) -> float:
-        """Its size in the file as a multiple of the ideal one; below 1 where the file knows more, such as finer grids."""
+        """Its size in the file as a multiple of the ideal one; below 1 where the file knows finer grids."""
         return self.bytes / max(1.0, self.entropy_bytes)
 
     def to_dict(self) -> dict[str, Any]:
