@@ -5,7 +5,7 @@
 
 ``STSB`` holds ``train.csv.gz``, ``dev.csv.gz`` and ``test.csv.gz``. The student is cut from the teacher
 (``sparsehooks.keep_layers``) and learns on the sentences of the training pairs, without their scores. One run is one
-loss, or several added: ``NAME[:option=value,...][*weight]``, joined by ``+``. Prints the Spearman correlation x 100 on
+loss, or several added: ``NAME[:option=value]...[*weight]``, joined by ``+``. Prints the Spearman correlation x 100 on
 the test pairs, which a run looks at once, at its end; settings are chosen with ``--validate``, which scores the
 development pairs only. Runs that the file of results has are not repeated.
 
@@ -54,13 +54,13 @@ class Settings:
 
 
 def stages(losses, teacher, cache):
-    """The stages of a recipe from ``hidden:layers=last*2+relation``."""
+    """The stages of a recipe from ``hidden:layers=last*2+relation:heads=12``."""
     made = []
     for term in losses.split("+"):
         name, _, weight = term.partition("*")
-        name, _, options = name.partition(":")
+        name, *options = name.split(":")
         use = {"use": name}
-        for option in filter(None, options.split(",")):
+        for option in options:
             key, _, value = option.partition("=")
             try:
                 use[key] = json.loads(value)
