@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from sparsehooks.artifact.register import register
 
 if TYPE_CHECKING:
-    from sparsehooks.activations import activation_sparsity as activation_sparsity
     from sparsehooks.artifact.access import load_state_dict as load_state_dict, safe_open as safe_open
     from sparsehooks.artifact.convert import convert as convert
     from sparsehooks.artifact.export import export as export
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
         straight_through as straight_through,
         top_counts as top_counts,
     )
+    from sparsehooks.measuring import activation_sparsity as activation_sparsity
     from sparsehooks.permutation import permute_channels as permute_channels
     from sparsehooks.plan import Plan as Plan
     from sparsehooks.plugins import PluginManager as PluginManager
@@ -100,7 +100,6 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "activations": "activation_sparsity",
     "artifact.access": "load_state_dict safe_open",
     "artifact.convert": "convert",
     "artifact.export": "export",
@@ -118,6 +117,7 @@ _HOME = {
     "loops.posttrain": "compress",
     "loops.trainer": "CompressionCallback attach_trainer",
     "masks": "MaskChange least_counts straight_through top_counts",
+    "measuring": "activation_sparsity",
     "permutation": "permute_channels",
     "plan": "Plan",
     "plugins": "PluginManager",

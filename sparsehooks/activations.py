@@ -7,11 +7,10 @@ again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,12 @@ from torch import Tensor, nn
 from sparsehooks import distributed
 from sparsehooks.batches import Batches
 from sparsehooks.components import Activation
-from sparsehooks.decoding import decode
-from sparsehooks.errors import PluginError, RecipeError, SessionError
+from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
-from sparsehooks.padding import Padding, without_padding
-from sparsehooks.plugins import installed_catalog
+from sparsehooks.padding import Padding
 from sparsehooks.sampling import GRID, Recorder, Sample
-from sparsehooks.sites import Site, Sparse, inner, own, put, replace, take
-from sparsehooks.targets import Target, find
+from sparsehooks.sites import Site, Sparse, inner, own, put, recorded, replace, take
+from sparsehooks.targets import Target
 
 if TYPE_CHECKING:
     from sparsehooks.plan import PlannedStage
@@ -323,57 +320,6 @@ def exact_inputs(model: nn.Module, batches: Batches) -> Iterator[None]:
         site.sample = None
 
 
-def recorded(model: nn.Module) -> dict[str, Any]:
-    """What acts on the activations of a finished model: for ``SparseHooksConfig(activations=...)``."""
-    found = {}
-    for name, module in model.named_modules():
-        site = vars(module).get("_sparsehooks_site")
-        if site is not None and site.amount is not None:
-            found[name] = site.to_plain()
-    return found
-
-
-def check(entries: Any) -> str | None:
-    """Why this is not what ``recorded`` gives, or None."""
-    if not isinstance(entries, Mapping):
-        return "'activations' must be a table"
-    for name, entry in entries.items():
-        if not (isinstance(entry, Mapping) and isinstance(entry.get("use"), str)):
-            return f"'activations' needs 'use' for '{name}'"
-        amount = entry.get("amount")
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
-            return f"'activations' gives '{name}' the amount {amount!r}"
-    return None
-
-
-def apply_activations(model: nn.Module, entries: Mapping[str, Any]) -> None:
-    """Put on a model what ``recorded`` gave of another.
-
-    Raises:
-        ValueError: if a component or a module is missing, or an option is wrong.
-    """
-    made: dict[str, Activation] = {}
-    catalog = installed_catalog() if entries else None
-    for name, entry in entries.items():
-        options = {key: value for key, value in entry.items() if key not in ("use", "amount")}
-        key = repr((entry["use"], sorted(options.items(), key=str)))
-        try:
-            if key not in made:
-                assert catalog is not None
-                record, given = catalog.resolve("activation", entry["use"])
-                cls = record.load()
-                config: Any = decode(cls.Config, {**given, **options}, f"activations '{name}'")
-                made[key] = cast(Activation, cls(config))
-            module = model.get_submodule(name)
-        except (RecipeError, PluginError, AttributeError) as error:
-            raise ValueError(str(error)) from error
-        site = Site(entry["use"], options, made[key], float(entry["amount"]))
-        if "forward" in vars(module):
-            raise ValueError(f"'{name}' has a forward of its own (offloading does this); load it on one device")
-        if not (site.component.place == "function" and site.amount == 1.0 and replace(model, module, site)):
-            put(module, site)
-
-
 def _rename(model: nn.Module, replaced: Iterable[tuple[type[nn.Module], str | None]]) -> None:
     """Have the configs name the new function where no module of the old one is left."""
     from transformers.activations import ACT2FN
@@ -386,63 +332,3 @@ def _rename(model: nn.Module, replaced: Iterable[tuple[type[nn.Module], str | No
                 old = getattr(config, key, None)
                 if isinstance(old, str) and old in ACT2FN and type(ACT2FN[old]) is cls:
                     setattr(config, key, new)
-
-
-# -------------------------------------------------------------------------------------------------------------- reports
-
-
-def activation_sparsity(
-    model: nn.Module, batches: Iterable[Any], targets: Sequence[str] = ("Linear",)
-) -> list[dict[str, Any]]:
-    """How sparse the inputs of layers are, without padding.
-
-    Args:
-        model: runs in evaluation mode.
-        batches: mappings of inputs, tensors, or tuples of them.
-        targets: which layers, as in a recipe.
-
-    Returns:
-        for each layer ``module``, ``values`` (how many were seen), ``zeros`` (the share of exact zeros) and
-        ``near_zeros`` (the share of magnitudes below 1 % of the root mean square; zeros among them).
-    """
-    runs = Batches(model, batches)
-    chosen = {id(model.get_submodule(name)) for target in find(model, targets, ())[0] for name in target.modules}
-    layers = {name: module for name, module in model.named_modules() if id(module) in chosen}
-    recorder = Recorder()
-    squares, counts, zeros, near = (dict.fromkeys(layers, 0.0) for _ in range(4))
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.padding = Padding.of_call(module, args, kwargs)
-
-    def first(name: str, values: Tensor) -> None:
-        squares[name] += float(values.double().square().sum())
-        counts[name] += values.numel()
-        zeros[name] += int((values == 0).sum())
-
-    def second(name: str, values: Tensor) -> None:
-        rms = math.sqrt(squares[name] / max(counts[name], 1))
-        near[name] += int(((values.double().abs() < rms / 100) | (values == 0)).sum())
-
-    for measure in (first, second):
-
-        def look(module: nn.Module, args: tuple[Any, ...], measure: Any = measure) -> None:
-            incoming = getattr(module, "_sparsehooks_incoming", lambda values: values)
-            name = next(name for name, layer in layers.items() if layer is module)
-            measure(name, without_padding(incoming(args[0]), recorder.padding.of(name)))
-
-        handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
-        handles.append(model.register_forward_pre_hook(see, with_kwargs=True))
-        try:
-            runs.run()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return [
-        {
-            "module": name,
-            "values": int(counts[name]),
-            "zeros": zeros[name] / max(counts[name], 1),
-            "near_zeros": near[name] / max(counts[name], 1),
-        }
-        for name in layers
-    ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import swapping
-from sparsehooks.activations import Activations, recorded
+from sparsehooks.activations import Activations
 from sparsehooks.batches import Batches
 from sparsehooks.components import Activation, ComponentBase, Distiller, Schedule, step_of
 from sparsehooks.distillation import Distillation
@@ -38,6 +38,7 @@ from sparsehooks.recipe import (
 )
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.sharding import is_sharded, local, part, same_zeros, unsupported
+from sparsehooks.sites import recorded
 from sparsehooks.targets import Target
 from sparsehooks.views import SessionView
 

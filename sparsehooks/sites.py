@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from sparsehooks import swapping
 from sparsehooks.components import Activation
+from sparsehooks.decoding import decode
+from sparsehooks.errors import PluginError, RecipeError
+from sparsehooks.plugins import installed_catalog
 from sparsehooks.sampling import Sample
 
 
@@ -132,3 +136,54 @@ def replace(model: nn.Module, module: nn.Module, site: Site) -> bool:
     for name in [name for name, other in model.named_modules(remove_duplicate=False) if other is module]:
         model.set_submodule(name, made)
     return True
+
+
+def recorded(model: nn.Module) -> dict[str, Any]:
+    """What acts on the activations of a finished model: for ``SparseHooksConfig(activations=...)``."""
+    found = {}
+    for name, module in model.named_modules():
+        site = vars(module).get("_sparsehooks_site")
+        if site is not None and site.amount is not None:
+            found[name] = site.to_plain()
+    return found
+
+
+def check(entries: Any) -> str | None:
+    """Why this is not what ``recorded`` gives, or None."""
+    if not isinstance(entries, Mapping):
+        return "'activations' must be a table"
+    for name, entry in entries.items():
+        if not (isinstance(entry, Mapping) and isinstance(entry.get("use"), str)):
+            return f"'activations' needs 'use' for '{name}'"
+        amount = entry.get("amount")
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
+            return f"'activations' gives '{name}' the amount {amount!r}"
+    return None
+
+
+def apply_activations(model: nn.Module, entries: Mapping[str, Any]) -> None:
+    """Put on a model what ``recorded`` gave of another.
+
+    Raises:
+        ValueError: if a component or a module is missing, or an option is wrong.
+    """
+    made: dict[str, Activation] = {}
+    catalog = installed_catalog() if entries else None
+    for name, entry in entries.items():
+        options = {key: value for key, value in entry.items() if key not in ("use", "amount")}
+        key = repr((entry["use"], sorted(options.items(), key=str)))
+        try:
+            if key not in made:
+                assert catalog is not None
+                record, given = catalog.resolve("activation", entry["use"])
+                cls = record.load()
+                config: Any = decode(cls.Config, {**given, **options}, f"activations '{name}'")
+                made[key] = cast(Activation, cls(config))
+            module = model.get_submodule(name)
+        except (RecipeError, PluginError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+        site = Site(entry["use"], options, made[key], float(entry["amount"]))
+        if "forward" in vars(module):
+            raise ValueError(f"'{name}' has a forward of its own (offloading does this); load it on one device")
+        if not (site.component.place == "function" and site.amount == 1.0 and replace(model, module, site)):
+            put(module, site)

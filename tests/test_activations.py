@@ -10,13 +10,7 @@ from torch import nn
 
 import sparsehooks
 from sparsehooks import swapping
-from sparsehooks.activations import (
-    Activations,
-    apply_activations,
-    check,
-    problems,
-    recorded,
-)
+from sparsehooks.activations import Activations, problems
 from sparsehooks.artifact.quantizer import SparseHooksConfig, arm
 from sparsehooks.batches import Batches
 from sparsehooks.builtin.activations.relu import ReLU
@@ -25,6 +19,7 @@ from sparsehooks.errors import ArtifactError, SessionError
 from sparsehooks.padding import without_padding
 from sparsehooks.recipe import ActivationStage
 from sparsehooks.sampling import GRID, Recorder, Sample
+from sparsehooks.sites import apply_activations, check, recorded
 from sparsehooks.targets import find
 from sparsehooks.testing import check_component
 

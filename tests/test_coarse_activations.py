@@ -10,7 +10,6 @@ from transformers import AutoModel, Trainer
 
 import sparsehooks
 from sparsehooks import CompressionCallback, PlanError, SessionError, compress
-from sparsehooks.activations import recorded
 from sparsehooks.builtin.activations.quantized import (
     Dynamic,
     DynamicOptions,
@@ -19,6 +18,7 @@ from sparsehooks.builtin.activations.quantized import (
     Static,
     StaticOptions,
 )
+from sparsehooks.sites import recorded
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

@@ -283,7 +283,7 @@ def test_grids_of_inputs_do_not_hide_what_can_be_scaled():
 
 
 def test_grids_that_were_fitted_once_follow_the_scales():
-    from sparsehooks.activations import recorded
+    from sparsehooks.sites import recorded
 
     model = tiny_llama().eval()
     stages = [{"quantize": "int8", "solver": "smoothquant"}, {"activation": "static_int8"}]

@@ -39,8 +39,8 @@ from transformers import (
 
 import sparsehooks
 from sparsehooks import CompressionCallback, SessionError, attach_trainer
-from sparsehooks.activations import recorded
 from sparsehooks.artifact.folder import Folder
+from sparsehooks.sites import recorded
 
 DISTIL = {"distill": {"use": "hidden", "layers": "all"}}
 KL = {"distill": {"use": "kl", "temperature": 2.0}, "weight": 0.5}

@@ -34,7 +34,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         recipe: the recipe that made it, as plain values.
         plugins: what plugins added, under their names.
         pruned: the parameters whose zeros are masks if the model is trained further.
-        activations: what acts on the activations of its modules: ``activations.recorded``.
+        activations: what acts on the activations of its modules: ``sites.recorded``.
         shrunk: what ``shrinking.shrink`` returned: the sizes that do not follow from the rest of config.json.
 
     Raises:
@@ -59,7 +59,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
             )
         self.quant_method = cast(Any, METHOD)  # transformers compares it with the names it registered
         self.version = VERSION
-        from sparsehooks import activations as acting, shrinking
+        from sparsehooks import shrinking, sites
 
         tables = (recipe or {}, plugins or {}, *(plugins.values() if isinstance(plugins, Mapping) else ()))
         what = ""
@@ -71,7 +71,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
             what = "'pruned' must be a list of names"
         else:
             what = shrinking.check({} if shrunk is None else shrunk) or ""
-            what = what or acting.check({} if activations is None else activations) or ""
+            what = what or sites.check({} if activations is None else activations) or ""
         if what:
             raise ArtifactError(f"config.json: quantization_config is damaged: {what}; get the file again")
         self.recipe = dict(recipe or {})
@@ -158,7 +158,7 @@ class SparseHooksQuantizer(HfQuantizer):
         return None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from sparsehooks.activations import apply_activations
+        from sparsehooks.sites import apply_activations
 
         # What was loaded is an ordinary model: half(), Trainer and a second save must treat it as one.
         model.is_quantized = False
