@@ -90,6 +90,7 @@ if TYPE_CHECKING:
         read_toml as read_toml,
     )
     from sparsehooks.session import Session as Session
+    from sparsehooks.students import keep_layers as keep_layers
     from sparsehooks.targets import Target as Target
     from sparsehooks.views import (
         Batch as Batch,
@@ -126,6 +127,7 @@ _HOME = {
     "recipe": "ActivationStage DistillStage Grow PruneStage QuantizeStage Recipe RegularizeStage ShrinkStage Use "
     "read_toml",
     "session": "Session",
+    "students": "keep_layers",
     "targets": "Target",
     "views": "Batch Layout SessionView WeightView",
 }

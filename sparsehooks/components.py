@@ -561,7 +561,8 @@ class Distiller(ComponentBase):
         Args:
             student: the model output of the student, with gradients, and what ``needs`` asks for: a tuple with one
                 tensor a layer.
-            teacher: the model output of the teacher, without gradients, likewise.
+            teacher: the model output of the teacher, without gradients, likewise; its tuples may be sequences from a
+                cache, which keeps and reads only what is taken out of them.
             batch: the inputs, ``batch.items`` to pick the items, ``batch.targets`` and ``batch.mask``.
             learned: the tensors that ``prepare`` made, as they are now.
         """

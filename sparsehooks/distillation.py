@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.components import LEARNING_RATE, Distiller, Need
+from sparsehooks.components import LEARNING_RATE, Distiller, Need, Pattern
 from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.outputs import Outputs
+from sparsehooks.plan import Plan, PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
-from sparsehooks.recipe import DistillStage
-from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start
+from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
+from sparsehooks.sharding import is_sharded
+from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start, share
 from sparsehooks.views import Batch
-
-if TYPE_CHECKING:
-    from sparsehooks.plan import PlannedStage
 
 
 class Distillation:
@@ -28,9 +27,9 @@ class Distillation:
 
     Args:
         stages: the planned stages and their distillers.
+        plan: of the whole run.
         model: the student.
         learned: where what the distillers learn lives.
-        seed: the recipe's.
         folder: where the start of the run is kept for resuming; None keeps it in memory only.
         start: the fingerprint of that start, for a resumed run.
     """
@@ -38,9 +37,9 @@ class Distillation:
     def __init__(
         self,
         stages: Mapping[int, tuple[PlannedStage, Distiller]],
+        plan: Plan,
         model: nn.Module,
         learned: Learned,
-        seed: int,
         folder: Path | None,
         start: str | None,
     ) -> None:
@@ -48,24 +47,26 @@ class Distillation:
         self._model = model
         self._shifts = _shifts_labels(model)
         self.start = start
-        self._teachers: dict[str, Teacher] = {}
+        self._resumed = start is not None
         self._learned = learned
         self._unused = False
         self._weights: dict[int, Tensor] = {}
-        needs: dict[str, set[Need]] = {}
+        self._teachers: dict[TeacherUse, Teacher] = {}
+        needs: dict[TeacherUse, set[Need]] = {}
         for planned, distiller in stages.values():
-            assert isinstance(planned.stage, DistillStage)
-            needs.setdefault(planned.stage.teacher, set()).update(distiller.needs)
+            for use in _uses(planned):
+                needs.setdefault(use, set()).update(distiller.needs)
         device = next(model.parameters()).device
+        unchanged = _unchanged(model, plan)
+        caches = _caches(plan)
         for index, (planned, distiller) in stages.items():
-            assert isinstance(planned.stage, DistillStage)
-            name = planned.stage.teacher
-            if name not in self._teachers:
-                self._teachers[name] = Teacher(self._open(name, folder), needs[name])
-            generator = torch.Generator().manual_seed(seed_of(seed, index, "learned"))
-            with attributed(planned.components["distill"].record):
-                made = distiller.prepare(model, self._teachers[name].model, generator)
-            learned.add(f"{index}.distill", made, device, LEARNING_RATE)
+            generator = torch.Generator().manual_seed(seed_of(plan.recipe.seed, index, "learned"))
+            for number, use in enumerate(_uses(planned)):
+                if use not in self._teachers:
+                    self._teachers[use] = self._open(use, needs[use], folder, unchanged, caches.get(use))
+                with attributed(planned.components["distill"].record):
+                    made = distiller.prepare(model, self._teachers[use].model, generator)
+                learned.add(_owner(index, number), made, device, LEARNING_RATE)
         self.outputs = Outputs(model, set().union(*needs.values()))
 
     def advance(self, index: int, share: float) -> None:
@@ -85,22 +86,25 @@ class Distillation:
         total = None
         batch = Batch(inputs, self._shifts)
         items = inputs.get("num_items_in_batch")
-        answers: dict[str, Any] = {}
+        answers: dict[TeacherUse, Mapping[str, Any]] = {}
         outputs = self.outputs.complete(outputs)
         for index, (planned, distiller) in self._stages.items():
             if index not in self._weights:
                 continue
             assert isinstance(planned.stage, DistillStage)
-            name = planned.stage.teacher
-            if name not in answers:
-                answers[name] = self._teachers[name](inputs)
-            with attributed(planned.components["distill"].record):
-                values = distiller.loss(outputs, answers[name], batch, self._learned.of(f"{index}.distill"))
-                if values.dim() != 1:
-                    raise SessionError(
-                        f"{planned.label}: loss() must return one value an item, shape (items,), "
-                        f"got {tuple(values.shape)}"
-                    )
+            losses = []
+            for number, use in enumerate(planned.stage.teacher):
+                if use not in answers:
+                    answers[use] = self._teachers[use](inputs)
+                with attributed(planned.components["distill"].record):
+                    values = distiller.loss(outputs, answers[use], batch, self._learned.of(_owner(index, number)))
+                    if values.dim() != 1:
+                        raise SessionError(
+                            f"{planned.label}: loss() must return one value an item, shape (items,), "
+                            f"got {tuple(values.shape)}"
+                        )
+                losses.append(values)
+            values = losses[0] if len(losses) == 1 else torch.stack(losses).mean(dim=0)
             term = self._weights[index] * values.sum() / max(values.numel(), 1)
             if items is not None:  # the share of this micro-batch in all that the Trainer accumulates
                 counted = batch.count()
@@ -112,7 +116,9 @@ class Distillation:
         return total
 
     def before_step(self) -> None:
-        """Check that the terms reached the gradient."""
+        """Check that the terms reached the gradient, and that the teachers stay what they are."""
+        for teacher in self._teachers.values():
+            teacher.before_step()
         if self._unused:
             raise SessionError(
                 "the distillation loss was computed but not trained on: the loop computes its own loss (label "
@@ -136,22 +142,85 @@ class Distillation:
             )
         self._weights.clear()  # stages that have begun by then say theirs next
 
-    def _open(self, name: str, folder: Path | None) -> nn.Module:
-        if name != "self":
-            teacher = open_teacher(name, self._model)
-            ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (self._model, teacher))
-            if ours is not None and theirs is not None and theirs < ours:
-                raise SessionError(
-                    f"the teacher '{name}' knows {theirs} tokens and the student {ours}; take one with its tokenizer"
-                )
-            return teacher
-        if self.start is not None:
-            return read_start(self._model, folder, self.start)
-        self.start = keep_start(self._model, folder)
-        return frozen_copy(self._model)
+    def flush(self) -> None:
+        """Write what the teachers answered since the last time, where a cache keeps it.
+
+        Raises:
+            SessionError: if a cache cannot be written.
+        """
+        for teacher in self._teachers.values():
+            teacher.flush()
+
+    def _open(
+        self, use: TeacherUse, needs: set[Need], folder: Path | None, unchanged: set[str], cache: str | None
+    ) -> Teacher:
+        dtype = None if use.dtype is None else getattr(torch, use.dtype)
+        shared: Collection[str] = ()
+        if use.use == "self":
+            if dtype is None:
+                shared = unchanged
+            model, shared = self._open_self(folder, shared)
+        else:
+            model = self._open_other(use.use)
+        kept = None if cache is None else Path(cache)
+        return Teacher(model, self._model, needs, shared=shared, dtype=dtype, cache=kept)
+
+    def _open_other(self, name: str) -> nn.Module:
+        teacher = open_teacher(name)
+        ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (self._model, teacher))
+        if ours is not None and theirs is not None and theirs < ours:
+            raise SessionError(
+                f"the teacher '{name}' knows {theirs} tokens and the student {ours}; take one with its tokenizer"
+            )
+        return teacher
+
+    def _open_self(self, folder: Path | None, shared: Collection[str]) -> tuple[nn.Module, Collection[str]]:
+        """The model as it was at the start, and which parameters of the student it shares."""
+        if self._resumed:
+            assert self.start is not None
+            start = read_start(self._model, folder, self.start)
+            return start, share(start, self._model, shared)
+        if self.start is None:
+            self.start = keep_start(self._model, folder)
+        return frozen_copy(self._model, shared), shared
 
     def _mark_used(self, gradient: Tensor) -> None:
         self._unused = False
+
+
+def _uses(planned: PlannedStage) -> Teachers:
+    assert isinstance(planned.stage, DistillStage)
+    return planned.stage.teacher
+
+
+def _owner(index: int, number: int) -> str:
+    """Where what a stage learns for one of its teachers lives."""
+    return f"{index}.distill.{number}" if number else f"{index}.distill"
+
+
+def _caches(plan: Plan) -> dict[TeacherUse, str]:
+    """Where the answers of each teacher are kept."""
+    stages = [planned.stage for planned in plan.stages if isinstance(planned.stage, DistillStage)]
+    return {use: stage.cache for stage in stages if stage.cache is not None for use in stage.teacher}
+
+
+def _unchanged(model: nn.Module, plan: Plan) -> set[str]:
+    """The matrices that neither train nor are targets; what is masked along with a target is smaller than one."""
+    if is_sharded(model):
+        return set()
+    names = {name for name, weight in model.named_parameters() if _can_be_shared(weight)}
+    for planned in plan.stages:
+        names -= {target.parameter for target in planned.targets}
+        if names and isinstance(planned.stage, PruneStage):
+            pattern = cast(Pattern, planned.components["pattern"].create())
+            pattern.couple(model, planned.targets)
+            if crosses_targets(planned, pattern):  # it may mask anything in a block
+                return set()
+    return names
+
+
+def _can_be_shared(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and not weight.requires_grad and weight.dim() > 1
 
 
 def _shifts_labels(model: nn.Module) -> bool:

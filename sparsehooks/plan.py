@@ -33,6 +33,7 @@ from sparsehooks.recipe import (
     RegularizeStage,
     ShrinkStage,
     Stage,
+    TeacherUse,
     Use,
 )
 from sparsehooks.targets import Target, find, first_match
@@ -124,6 +125,7 @@ class Plan:
                 problems += _untrainable(planned)
         plan = cls(recipe, tuple(stages), total_steps)
         problems += _overlaps(plan)
+        problems += _caches(plan)
         problems += _moments(plan)
         if not problems:
             problems += manager.check_plan(plan)
@@ -254,8 +256,9 @@ def _misused(planned: PlannedStage) -> list[str]:
 def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage:
     stage = planned.stage
     if isinstance(stage, DistillStage):
-        with _collecting(problems, f"{planned.path}.teacher"):
-            _check_teacher(stage.teacher)
+        for teacher in stage.teacher:
+            with _collecting(problems, f"{planned.path}.teacher"):
+                _check_teacher(teacher.use)
         return planned
     if isinstance(stage, ShrinkStage):
         return planned  # what is masked says what goes
@@ -440,6 +443,22 @@ def _overlaps(plan: Plan) -> list[str]:
         f"recipe.stage[{first}] and recipe.stage[{second}] both {action} {_some(names)}; exclude it from one of them"
         for (first, second, action), names in clashes.items()
     ]
+
+
+def _caches(plan: Plan) -> list[str]:
+    """Teachers of which two stages want the answers in different places."""
+    problems = []
+    first: dict[TeacherUse, tuple[PlannedStage, str]] = {}
+    for planned in plan.stages:
+        if isinstance(planned.stage, DistillStage) and planned.stage.cache is not None:
+            for use in planned.stage.teacher:
+                other, cache = first.setdefault(use, (planned, planned.stage.cache))
+                if cache != planned.stage.cache:
+                    problems.append(
+                        f"{planned.path}.cache: {other.path} keeps the answers of '{use.use}' in '{cache}'; name the "
+                        "same folder"
+                    )
+    return problems
 
 
 def _moments(plan: Plan) -> list[str]:

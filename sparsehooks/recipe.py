@@ -83,6 +83,60 @@ class Grow:
 
 
 @dataclass(frozen=True)
+class TeacherUse:
+    """A teacher: ``"self"``, a folder or a Hub name, or ``{ use = NAME, dtype = "bfloat16" }``.
+
+    Attributes:
+        use: ``"self"`` for the model as it was at the start, a folder, or a name on the Hub.
+        dtype: of its weights; left out, the one it has.
+    """
+
+    use: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @classmethod
+    def __decode__(cls, value: Any, path: str) -> TeacherUse:
+        if isinstance(value, TeacherUse):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{path}: expected a name or a table {{ use = NAME, ... }}, got {value!r}")
+        return decode(cls, value, path)
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """The shortest form that a recipe takes."""
+        return self.use if self.dtype is None else {"use": self.use, "dtype": self.dtype}
+
+
+class Teachers(tuple[TeacherUse, ...]):
+    """The teachers of a stage: one, or a list of them."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __decode__(cls, value: Any, path: str) -> Teachers:
+        if not isinstance(value, (list, tuple)):
+            return cls((TeacherUse.__decode__(value, path),))
+        teachers = [TeacherUse.__decode__(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        if not teachers:
+            raise RecipeError(f"{path}: is empty; leave it out for 'self'")
+        if len(set(teachers)) < len(teachers):
+            raise RecipeError(f"{path}: names one teacher twice; give stages of their own with another 'weight'")
+        return cls(teachers)
+
+    def to_plain(self) -> Any:
+        """The shortest form that a recipe takes."""
+        plain = [teacher.to_plain() for teacher in self]
+        return plain[0] if len(plain) == 1 else plain
+
+
+SELF = Teachers((TeacherUse("self"),))
+DECODERS: Mapping[Any, Any] = {Use: Use, Use | None: Use, Grow | None: Grow, Teachers: Teachers}
+"""What turns the short form of a key into its value, by the type of the key."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """What all stages have.
 
@@ -99,8 +153,8 @@ class Stage:
         hints = get_type_hints(type(self))
         for item in fields(self):
             value = getattr(self, item.name)
-            if hints[item.name] in (Use, Use | None, Grow | None) and value is not None:
-                decoder = Grow if hints[item.name] == Grow | None else Use
+            decoder = DECODERS.get(hints[item.name])
+            if decoder is not None and value is not None:
                 object.__setattr__(self, item.name, decoder.__decode__(value, item.name))
             elif hints[item.name] == tuple[str, ...]:
                 object.__setattr__(self, item.name, (value,) if isinstance(value, str) else tuple(value))
@@ -119,7 +173,7 @@ class Stage:
             value = getattr(self, item.name)
             if item.name != self.action and value in (item.default, {}):
                 continue
-            plain[item.name] = value.to_plain() if isinstance(value, (Use, Grow)) else value
+            plain[item.name] = value.to_plain() if isinstance(value, (Use, Grow, Teachers)) else value
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
@@ -193,21 +247,25 @@ class DistillStage(Stage):
 
     Attributes:
         distill: the loss.
-        teacher: ``"self"`` for the model as it was at the start, a folder, or a name on the Hub.
+        teacher: whom from. With several, the loss is the mean of theirs.
         weight: the factor of this loss; it is added to the model's own loss.
         schedule: from when on, and at which share of the weight by then.
+        cache: a folder that keeps what the teachers answered: each sample is asked about once, ever.
     """
 
     action = "distill"
     distill: Use = Use("kl")
-    teacher: str = "self"
+    teacher: Teachers = SELF
     weight: float = 1.0
     schedule: Use = Use("oneshot")
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"'weight' = {self.weight} is not a positive number")
+        if self.cache == "":
+            raise ValueError("'cache' is empty; name a folder, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,9 @@ class Session:
             if isinstance(stage.stage, ActivationStage)
         ]
         self._activations = Activations(acting, model, self._learned if optimizer is not None else None)
-        self._distillation = Distillation(distillers, model, self._learned, self.plan.recipe.seed, folder, start)
+        self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
         self._left.callback(self._distillation.outputs.close)
+        self._keep_answers(optimizer)
         if state is not None:
             self._take(state)
             if self.sharded and (name := same_zeros(self._weights, self.masks.masked_weights())) is not None:
@@ -351,6 +352,19 @@ class Session:
         if self._running:
             self._running = False
             self.manager.session_finished(self.view, error)
+
+    def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write what the teachers answered with each checkpoint, for runs that go on from it, and at the end."""
+
+        def at_the_end() -> None:
+            try:
+                self._distillation.flush()
+            except SessionError as error:  # what was trained is worth more than the cache
+                warnings.warn(str(error), stacklevel=2)
+
+        self._left.callback(at_the_end)
+        if optimizer is not None:
+            self._left.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
 
     @contextmanager
     def aborting(self) -> Iterator[Session]:

@@ -95,13 +95,14 @@ def _cut_layers(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, int]:
         gone = _gone(model, masks, coupling)
         kept = [index for index in range(coupling.units) if not gone[index]]
         if len(kept) < coupling.units:
-            _keep_blocks(model, coupling, kept)
+            keep_blocks(model, coupling, kept)
             _rename(masks, coupling.name, {old: new for new, old in enumerate(kept)})
             depths[coupling.name] = len(kept)
     return depths
 
 
-def _keep_blocks(model: nn.Module, coupling: Coupling, kept: list[int]) -> None:
+def keep_blocks(model: nn.Module, coupling: Coupling, kept: list[int]) -> None:
+    """Take the other blocks out of a list of them, and count anew wherever the model and its configs do."""
     blocks = cast(nn.ModuleList, model.get_submodule(coupling.name))
     keys = depth_keys(model, coupling.name)
     _keep_position_bias(blocks, kept[0])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +23,15 @@ from sparsehooks.errors import SessionError
 from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
 from sparsehooks.sharding import is_sharded, whole_copy, whole_state
+from sparsehooks.teacher_cache import TeacherCache
 
 START = "sparsehooks-start"
 """The folder, in the output folder of a run, that keeps the model as it was before step 1."""
+
+M = TypeVar("M", bound=nn.Module)
+
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype"}
+"""What a config says about where a model came from, and not about what it computes."""
 
 LABELS = {"labels", "shift_labels", "num_items_in_batch"}
 
@@ -34,43 +41,122 @@ class Teacher:
 
     Args:
         model: the teacher; it is changed to eval mode and its parameters to ``requires_grad=False``.
+        student: on its device the teacher answers.
         needs: what it returns beyond the usual.
+        shared: the parameters whose memory is the student's.
+        dtype: of its weights, if it shall be another one.
+        cache: the folder that keeps its answers, if they are kept; while it is asked nothing it waits on the CPU.
     """
 
-    def __init__(self, model: nn.Module, needs: Collection[Need]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        student: nn.Module,
+        needs: Collection[Need],
+        *,
+        shared: Collection[str] = (),
+        dtype: torch.dtype | None = None,
+        cache: Path | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        if dtype is not None:
+            model.to(dtype)
+        self._dtype = dtype
+        self._home = next(student.parameters()).device
+        mine, theirs = dict(model.named_parameters()), dict(student.named_parameters())
+        self._shared = [(mine[name], theirs[name]) for name in shared]
+        divided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._cache = None if cache is None else TeacherCache(cache, teacher_digest(model), pads=not divided)
+        self._answers = True
         parameters = inspect.signature(model.forward).parameters
         self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            self._accepts -= LABELS - {"labels"}  # which it shifts into the decoder's inputs
-        else:
-            self._accepts -= LABELS
+        self._accepts -= LABELS - {"labels"} if divided else LABELS  # it shifts labels into the decoder's inputs
         self._outputs = Outputs(model, needs)
 
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any]) -> Any:
+    def __call__(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The teacher's output for the student's inputs."""
         given = {name: value for name, value in inputs.items() if name in self._accepts}
-        return self._outputs.complete(self.model(**{**given, **self._outputs.ask()}))
+        if self._cache is None:
+            return self._ask(given)
+        if not self._answers:  # the last batch was read as a whole, as the next ones will be
+            self._move(torch.device("cpu"))
+        self._answers = False
+        return self._cache.answer(given, lambda: self._ask(given))
+
+    def before_step(self) -> None:
+        """Take a copy of what the student shares and is about to train."""
+        for mine, theirs in self._shared:
+            if theirs.requires_grad:
+                mine.data = mine.data.clone()
+        self._shared = [(mine, theirs) for mine, theirs in self._shared if not theirs.requires_grad]
+
+    def flush(self) -> None:
+        """Write the answers that only memory holds."""
+        if self._cache is not None:
+            self._cache.flush()
+
+    @torch.no_grad()
+    def _ask(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._answers = True
+        self._move(self._home)
+        asked = {name: self._cast(value) for name, value in given.items()} | self._outputs.ask()
+        if "use_cache" in self._accepts:
+            asked["use_cache"] = False
+        return self._outputs.complete(self.model(**asked))
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if floating and self._dtype is not None else value
+
+    def _move(self, device: torch.device) -> None:
+        shared = {id(mine) for mine, _ in self._shared}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if id(tensor) not in shared and tensor.device != device:
+                tensor.data = tensor.data.to(device)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model as it is now."""
-    duplicate = whole_copy(model) if is_sharded(model) else copy.deepcopy(model)
+def frozen_copy(model: M, shared: Collection[str] = ()) -> M:
+    """A copy of the model as it is now.
+
+    Args:
+        model: any.
+        shared: names of parameters that are not copied: both models have their memory. None of a sharded model.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if name in shared:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    duplicate = cast(M, whole_copy(model)) if is_sharded(model) else copy.deepcopy(model, memo)
     # Mixed precision binds ``forward`` on the instance; the copy's would still call the original.
     for attribute in ("forward", "_original_forward"):
         duplicate.__dict__.pop(attribute, None)
     return duplicate
 
 
-def open_teacher(name: str, student: nn.Module) -> nn.Module:
-    """The model of a folder or a Hub name, on the student's device.
+def share(teacher: nn.Module, student: nn.Module, names: Collection[str]) -> set[str]:
+    """Let a teacher have the student's memory for parameters, where both are the same; the names of those."""
+    mine, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
+    same = {name for name in names if name in mine and torch.equal(mine[name], theirs[name])}
+    for name in same:
+        mine[name].data = theirs[name].detach()
+    return same
+
+
+def open_teacher(name: str) -> nn.Module:
+    """The model of a folder or a Hub name.
 
     Raises:
         SparseHooksError: if it cannot be had.
     """
-    teacher: nn.Module = open_model(name)[0]
-    return teacher.to(next(student.parameters()).device)
+    return open_model(name)[0]
+
+
+def teacher_digest(model: nn.Module) -> str:
+    """A fingerprint of a model's weights, class and config, in hexadecimal; not of where it came from."""
+    config = getattr(model, "config", None)
+    facts = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in ORIGIN}
+    said = [type(model).__name__, facts, weights_digest(model.state_dict())]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def keep_start(model: nn.Module, folder: Path | None) -> str:

@@ -771,8 +771,8 @@ def test_a_teacher_is_asked_once_and_only_for_what_its_stages_need(tmp_path):
     with sparsehooks.attach(model, optimizer, recipe, total_steps=1) as session:
         for name, teacher in session._distillation._teachers.items():
             teacher.model.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: asked.append(
-                    (name[-3:], sorted(kwargs.keys() - {"input_ids"}), module.config._attn_implementation)
+                lambda module, args, kwargs, name=name.use: asked.append(
+                    (name[-3:], sorted(kwargs.keys() - {"input_ids", "use_cache"}), module.config._attn_implementation)
                 ),
                 with_kwargs=True,
             )

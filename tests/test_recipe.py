@@ -13,6 +13,7 @@ PRUNE = {"prune": "magnitude", "sparsity": 0.5}
 ACTIONS = "prune, regularize, activation, shrink, quantize, distill"
 STAGE = "recipe.stage[0]"
 
+DTYPES = "expected one of 'float32', 'bfloat16', 'float16'"
 WRONG = [
     # the recipe itself
     ({}, "recipe: needs at least one [[stage]]"),
@@ -63,7 +64,25 @@ WRONG = [
         {"stage": [{**PRUNE, "schedule": {"use": 3}}]},
         f"{STAGE}.schedule: a component table needs 'use', the name of the component",
     ),
-    ({"stage": [{"distill": "kl", "teacher": 1}]}, f"{STAGE}.teacher: expected a string, got 1"),
+    (
+        {"stage": [{"distill": "kl", "teacher": 1}]},
+        f"{STAGE}.teacher: expected a name or a table {{ use = NAME, ... }}, got 1",
+    ),
+    ({"stage": [{"distill": "kl", "teacher": []}]}, f"{STAGE}.teacher: is empty; leave it out for 'self'"),
+    (
+        {"stage": [{"distill": "kl", "teacher": ["self", {"use": "a", "dtyp": "bfloat16"}]}]},
+        f"{STAGE}.teacher[1]: unknown key 'dtyp'; did you mean 'dtype'?",
+    ),
+    (
+        {"stage": [{"distill": "kl", "teacher": {"use": "self", "dtype": "int8"}}]},
+        f"{STAGE}.teacher.dtype: {DTYPES}; got 'int8'; known: bfloat16, float16, float32",
+    ),
+    ({"stage": [{"distill": "kl", "teacher": {"dtype": "bfloat16"}}]}, f"{STAGE}.teacher: 'use' is missing"),
+    (
+        {"stage": [{"distill": "kl", "teacher": ["self", "self"]}]},
+        f"{STAGE}.teacher: names one teacher twice; give stages of their own with another 'weight'",
+    ),
+    ({"stage": [{"distill": "kl", "cache": ""}]}, f"{STAGE}: 'cache' is empty; name a folder, or leave it out"),
     # ranges
     *(
         (

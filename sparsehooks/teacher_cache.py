@@ -1,0 +1,395 @@
+"""Teacher outputs on disk: each sample is asked about once, and read ever after.
+
+A cache is a folder with one folder a teacher, named by the fingerprint of its weights and config. In it lie
+safetensors files that appear complete and never change. A file holds, for many samples, the outputs that a loss has
+read; a tensor's name is ``sample/output#form``:
+
+* sample: a digest of the sample's own inputs as the teacher gets them, without padding. The order of the samples, what
+  else is in their batch and the padding behind them change nothing. Padding before them does: it moves positions.
+* output: a key of the model output, such as ``logits``; of a tuple one of its tensors, such as ``hidden_states/6``.
+* form: how the sample's part was cut out of the batch; see ``_form``.
+
+The metadata has the number of tensors of each tuple, and a CRC-32 of each tensor's bytes, which is compared before the
+values are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsehooks.distributed import rank, world_size
+from sparsehooks.errors import SessionError
+
+VERSION = 1
+FLUSH = 1 << 26
+"""Bytes of answers that are held in memory before they become a file."""
+
+Ask = Callable[[], Mapping[str, Any]]
+
+
+class TeacherCache:
+    """What one teacher has answered.
+
+    Args:
+        folder: of the cache; it may hold answers of other teachers.
+        fingerprint: of the teacher, in hexadecimal.
+        pads: whether the attention mask says which tokens of a sample are padding; not for encoder-decoders, of which
+            padding counts as part of the sample.
+
+    Raises:
+        SessionError: if the folder cannot be made, or a file in it is damaged.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, pads: bool = True) -> None:
+        self._folder = folder / fingerprint[:32]
+        self._pads = pads
+        self._files: dict[Path, _File] = {}
+        self._places: dict[str, tuple[_File, str]] = {}
+        self._pending: dict[str, tuple[Tensor, str]] = {}
+        self._bytes = 0
+        self.counts: dict[str, int] = {}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SessionError(f"the teacher cache '{folder}' cannot be made: {error.strerror}") from error
+        self._scan()
+        if not self._files and any(folder.glob("*/*.safetensors")):
+            warnings.warn(
+                f"the teacher cache '{folder}' holds answers of other teachers only: they are not used, and those of "
+                "this one are added",
+                stacklevel=2,
+            )
+
+    def answer(self, inputs: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
+        """The teacher's outputs for a batch, as a mapping that reads them, or asks for them, when a loss wants them.
+
+        Args:
+            inputs: the keyword arguments that the teacher gets.
+            ask: its forward on them.
+
+        Raises:
+            SessionError: if the inputs do not fall into samples.
+        """
+        return _Answer(self, _batch(inputs, pads=self._pads), ask)
+
+    def find(self, batch: _Batch, output: str) -> Tensor | None:
+        """An output for a batch, on its device; padding is zero. None if it is not there for all samples."""
+        found = [self._find(f"{sample}/{output}") for sample in batch.samples]
+        if world_size() > 1 and None in found:
+            self._scan()  # other ranks may have asked meanwhile
+            found = [self._find(f"{sample}/{output}") for sample in batch.samples]
+        rows = [entry for entry in found if entry is not None]
+        forms = {form for _, form in rows}
+        if len(rows) < len(found) or len(forms) > 1:
+            return None
+        return batch.join([row for row, _ in rows], forms.pop())
+
+    def keep(self, batch: _Batch, output: str, value: Tensor) -> None:
+        """Take in an output for a batch, of the samples that lack it.
+
+        Raises:
+            SessionError: if it does not fall into samples.
+        """
+        if not value.dim() or len(value) != len(batch.samples):
+            raise SessionError(
+                f"a teacher cache keeps samples, and the teacher's '{output}' of shape {tuple(value.shape)} has none; "
+                "leave 'cache' out"
+            )
+        form = _form(value, batch.real)
+        value = value.detach().cpu()
+        for index, sample in enumerate(batch.samples):
+            name = f"{sample}/{output}"
+            if name not in self._pending and name not in self._places:
+                row = batch.cut(value, index, form)
+                self._pending[name] = row, form
+                self._bytes += row.nbytes
+        if self._bytes >= FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held in memory to a new file.
+
+        Raises:
+            SessionError: if it cannot be written.
+        """
+        if not self._pending:
+            return
+        tensors = {f"{name}#{form}": row for name, (row, form) in self._pending.items()}
+        metadata = {"version": VERSION, "counts": self.counts, "crc": {n: _crc(row) for n, row in tensors.items()}}
+        path = self._folder / f"{rank()}-{secrets.token_hex(8)}.safetensors"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, {"sparsehooks": json.dumps(metadata)})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise SessionError(f"the teacher cache '{self._folder}' cannot be written: {error}") from error
+        self._pending.clear()
+        self._bytes = 0
+        self._open(path)
+
+    def _find(self, name: str) -> tuple[Tensor, str] | None:
+        if name in self._pending:
+            return self._pending[name]
+        if name not in self._places:
+            return None
+        file, form = self._places[name]
+        return file.read(f"{name}#{form}"), form
+
+    def _scan(self) -> None:
+        """Take in the files that are new."""
+        for path in sorted(self._folder.glob("*.safetensors")):
+            if path not in self._files:
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        file = self._files[path] = _File(path)
+        self.counts.update(file.counts)
+        for name in file.names:
+            place, _, form = name.rpartition("#")
+            self._places.setdefault(place, (file, form))
+
+
+class _File:
+    """A file of answers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = file = cast(Any, safe_open(path, "pt"))
+            metadata = json.loads((file.metadata() or {})["sparsehooks"])
+            version, self.counts, self._crc = metadata["version"], dict(metadata["counts"]), dict(metadata["crc"])
+            self.names = set(file.keys())
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged() from error
+        if version != VERSION:
+            raise SessionError(f"'{path}' in the teacher cache has version {version}; upgrade sparsehooks or delete it")
+        if self.names != self._crc.keys():
+            raise self._damaged()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, after its bytes were checked."""
+        row: Tensor = self._file.get_tensor(name)
+        if _crc(row) != self._crc[name]:
+            raise self._damaged()
+        return row
+
+    def _damaged(self) -> SessionError:
+        return SessionError(
+            f"'{self._path}' in the teacher cache is damaged; delete it, and the teacher is asked again"
+        )
+
+
+def _crc(tensor: Tensor) -> int:
+    return zlib.crc32(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """What lies in memory, as a buffer."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The samples of a batch.
+
+    Attributes:
+        samples: the digest of each.
+        real: which tokens are no padding, bool, (samples, tokens), on the CPU; None if padding counts.
+        device: where the losses want their tensors.
+    """
+
+    samples: list[str]
+    real: Tensor | None
+    device: torch.device
+
+    def cut(self, value: Tensor, index: int, form: str) -> Tensor:
+        """The part of an output that belongs to a sample; a copy."""
+        row = value[index]
+        if self.real is not None and form == "tokens":
+            row = row[self.real[index]]
+        elif self.real is not None and form == "pairs":
+            row = row[..., self.real[index], :][..., self.real[index]]
+        return row.clone(memory_format=torch.contiguous_format)
+
+    def join(self, rows: list[Tensor], form: str) -> Tensor | None:
+        """An output made of the parts of all samples; None where they do not fit together here."""
+        if self.real is None or form not in ("tokens", "pairs"):
+            padded = None if self.real is None else f"row{self.real.shape[1]}"
+            if len({row.shape for row in rows}) > 1 or (form.startswith("row") and form != padded):
+                return None
+            return torch.stack(rows).to(self.device)
+        samples, tokens = self.real.shape
+        if form == "tokens":
+            whole = rows[0].new_zeros((samples, tokens, *rows[0].shape[1:]))
+            whole[self.real] = torch.cat(rows)
+        else:
+            whole = rows[0].new_zeros((samples, *rows[0].shape[:-2], tokens, tokens))
+            for index, row in enumerate(rows):
+                real = self.real[index].nonzero().flatten()
+                whole[index][..., real[:, None], real] = row
+        return whole.to(self.device)
+
+
+def _form(value: Tensor, real: Tensor | None) -> str:
+    """How a sample's part is cut out: where its tokens lie in an output.
+
+    ``tokens``: (samples, tokens, ...), such as hidden states. ``pairs``: (samples, ..., tokens, tokens), such as
+    attention probabilities. ``rowN``: (samples, N) with N the tokens, padding included, which may also be classes.
+    ``whole``: anything else.
+    """
+    if real is None:
+        return "whole"
+    tokens = real.shape[1]
+    if value.dim() > 3 and value.shape[-1] == value.shape[-2] == tokens:
+        return "pairs"
+    if value.dim() > 1 and value.shape[1] == tokens:
+        return "tokens" if value.dim() > 2 else f"row{tokens}"
+    return "whole"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _batch(inputs: Mapping[str, Any], *, pads: bool) -> _Batch:
+    """Take a batch apart.
+
+    Raises:
+        SessionError: an input that has no sample dimension.
+    """
+    tensors = {name: value for name, value in sorted(inputs.items()) if isinstance(value, Tensor)}
+    others = {name: value for name, value in sorted(inputs.items()) if name not in tensors and value is not None}
+    if not tensors:
+        raise SessionError(
+            "a teacher cache needs tensors to know samples by, and the batch has none; leave 'cache' out"
+        )
+    size = next((len(value) for value in tensors.values() if value.dim()), 0)
+    for name, value in inputs.items():
+        if name in tensors and (not value.dim() or len(value) != size):
+            raise SessionError(
+                f"a teacher cache keeps samples, and the input '{name}' of shape {tuple(value.shape)} has none: its "
+                f"first dimension is not {size} as of the others; leave 'cache' out"
+            )
+        if name in others and not isinstance(value, (bool, int, float, str)):
+            raise SessionError(
+                f"a teacher cache cannot tell one {type(value).__name__} from another, and the input '{name}' is one; "
+                "leave 'cache' out"
+            )
+    device = next(iter(tensors.values())).device
+    here = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    mask = here.get("attention_mask")
+    real = mask.bool() if pads and mask is not None and mask.dim() == 2 else None
+    autocast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else ""
+    common = json.dumps([autocast, others]).encode()
+    return _Batch([_digest(here, real, index, common) for index in range(size)], real, device)
+
+
+def _digest(inputs: Mapping[str, Tensor], real: Tensor | None, index: int, common: bytes) -> str:
+    total = hashlib.blake2b(common, digest_size=16)
+    places = None
+    if real is not None:
+        places = real[index].nonzero().flatten()
+        total.update(_bytes(places))
+    for name, value in inputs.items():
+        row = value[index]
+        if real is not None and value.shape[:2] == real.shape:
+            row = row[places]
+        total.update(f"{name} {row.dtype} {tuple(row.shape)}".encode())
+        total.update(_bytes(row))
+    return total.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- answers
+
+
+class _Answer(Mapping[str, Any]):
+    """The model output of a teacher that is asked only for what the cache lacks; what a loss reads is kept."""
+
+    def __init__(self, cache: TeacherCache, batch: _Batch, ask: Ask) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._ask = ask
+        self._live: Mapping[str, Any] | None = None
+        self._read: dict[str, Tensor] = {}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._cache.counts:
+            found = self._find(key)
+            if found is not None:
+                return found
+            value = self._asked()[key]
+            if isinstance(value, Tensor):
+                return self._keep(key, value)
+            if not isinstance(value, (tuple, list)) or not all(isinstance(part, Tensor) for part in value):
+                return value
+            self._cache.counts[key] = len(value)
+        return _Parts(self._cache.counts[key], lambda index: self._part(key, index))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._asked())
+
+    def __len__(self) -> int:
+        return len(self._asked())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _part(self, key: str, index: int) -> Tensor:
+        output = f"{key}/{index}"
+        found = self._find(output)
+        return self._keep(output, self._asked()[key][index]) if found is None else found
+
+    def _find(self, output: str) -> Tensor | None:
+        if output not in self._read:
+            found = self._cache.find(self._batch, output)
+            if found is None:
+                return None
+            self._read[output] = found
+        return self._read[output]
+
+    def _keep(self, output: str, value: Tensor) -> Tensor:
+        self._cache.keep(self._batch, output, value)
+        self._read[output] = value
+        return value
+
+    def _asked(self) -> Mapping[str, Any]:
+        if self._live is None:
+            self._live = self._ask()
+        return self._live
+
+
+class _Parts(Sequence[Tensor]):
+    """The tensors of a tuple in a model output, each read when it is used."""
+
+    def __init__(self, count: int, part: Callable[[int], Tensor]) -> None:
+        self._count = count
+        self._part = part
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
+        place = range(self._count)[index]  # raises what a tuple raises
+        return self._part(place) if isinstance(place, int) else tuple(map(self._part, place))
