@@ -36,7 +36,7 @@ from sparsehooks.recipe import (
     ShrinkStage,
 )
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
-from sparsehooks.targets import Target
+from sparsehooks.targets import Target, plain_name
 from sparsehooks.views import SessionView
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 DIVERGED = "the training has diverged, lower the learning rate"
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
+
+BEGINNINGS = {"step_size": "lr", "sum": "initial_accumulator_value"}
+"""The slots of torch's optimizers (Rprop, Adagrad) that do not begin at zero, and the option that they begin with."""
 
 
 class Session:
@@ -165,6 +168,7 @@ class Session:
         self._distillation = Distillation(distillers, model, self._learned, self.plan.recipe.seed, folder, start)
         if state is not None:
             self.load_state_dict(state)
+            self.masks.apply()  # a checkpoint of adapters does not hold the weights under them
         elif opened is not None:
             self.masks.from_zeros(self._pruned(opened))
         self._running = True
@@ -333,13 +337,16 @@ class Session:
             self.abort(error)
             raise
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the saved model says about itself: the recipe, what plugins added, the pruned parameters."""
+    def provenance(self, part: nn.Module) -> dict[str, Any]:
+        """What the model, or a part of it, says about itself where it is saved on its own.
+
+        These are the recipe, what plugins added, and the pruned parameters, under the names that they have without
+        adapters.
+        """
         masked = {id(self._weights[name]) for name in self.masks.masks}
-        pruned = sorted(name for name, weight in self._model.named_parameters() if id(weight) in masked)
+        pruned = sorted(plain_name(name) for name, weight in part.named_parameters() if id(weight) in masked)
         said: dict[str, Any] = {"recipe": self.plan.recipe.to_dict(), "plugins": self._metadata, "pruned": pruned}
-        return said | {"shrunk": self._shrunk, "activations": recorded(self._model)}
+        return said | {"shrunk": self._shrunk if part is self._model else {}, "activations": recorded(part)}
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -412,7 +419,8 @@ class Session:
         """What an opened artifact or this recipe prunes; a base model lacks the prefix of its task model."""
         own = {t.parameter for stage in self.plan.stages if stage.stage.action == "prune" for t in stage.targets}
         for name in self._weights:
-            own |= {name for old in opened if f".{old}".endswith(f".{name}") or f".{name}".endswith(f".{old}")}
+            plain = f".{plain_name(name)}"
+            own |= {name for old in opened if f".{old}".endswith(plain) or plain.endswith(f".{old}")}
         return [name for name in self._weights if name in own]
 
     def _state_of_step(self, step: int | None) -> dict[str, Any]:
@@ -503,9 +511,11 @@ class Session:
     def _reset_slots(self, name: str, grown: Tensor) -> None:
         """A weight that grows begins with an optimizer that has not seen it."""
         if self._optimizer is not None:
-            for slot in self._optimizer.state.get(self._weights[name], {}).values():
+            weight = self._weights[name]
+            group = next((g for g in self._optimizer.param_groups if any(w is weight for w in g["params"])), {})
+            for key, slot in self._optimizer.state.get(weight, {}).items():
                 if isinstance(slot, Tensor) and slot.shape == grown.shape:
-                    slot.masked_fill_(grown, 0)
+                    slot.masked_fill_(grown, group[BEGINNINGS[key]] if key in BEGINNINGS else 0)
 
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,23 +30,70 @@ def ask_for_hidden_states(model: nn.Module, session: Session) -> list[RemovableH
 
 def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
     """Add the session's loss terms to ``outputs.loss`` of every training forward of the (unwrapped) model."""
+
+    def add(outputs: Any, inputs: dict[str, Any]) -> Any:
+        terms = session.loss_terms(_full(model, outputs, inputs), inputs)
+        if terms is None:
+            return outputs
+        own = outputs.get("loss")
+        return _with_loss(outputs, terms if own is None else own + terms)
+
+    return _after_forwards(model, session, add)
+
+
+class LossTerms:
+    """The session's loss terms where a loop makes its own loss of the forwards of one batch."""
+
+    def __init__(self) -> None:
+        self._terms: list[Tensor] = []
+        self._batch: Mapping[str, Any] = {}
+
+    def attach(self, model: nn.Module, session: Session) -> list[RemovableHandle]:
+        """Compute the terms of every training forward of the (unwrapped) model."""
+
+        def collect(outputs: Any, inputs: dict[str, Any]) -> Any:
+            if inputs.keys() & self._batch.keys():  # what the loop keeps back for its loss, such as the labels
+                inputs = {**self._batch, **inputs}
+            terms = session.loss_terms(_full(model, outputs, inputs), inputs)
+            if terms is not None:
+                self._terms.append(terms)
+            return outputs
+
+        return _after_forwards(model, session, collect)
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """The loop is about to compute the loss of a batch."""
+        self._terms, self._batch = [], batch
+
+    def end(self) -> Tensor | None:
+        """The mean over the forwards of this batch, or None if there was none in training."""
+        terms, self._terms, self._batch = self._terms, [], {}
+        return torch.stack(terms).mean() if terms else None
+
+
+def _after_forwards(
+    model: nn.Module, session: Session, then: Callable[[Any, dict[str, Any]], Any]
+) -> list[RemovableHandle]:
+    """Call ``then`` with the outputs and the named inputs of every training forward; what it returns is the output."""
     if not session.distils:
         return []
     signature = inspect.signature(model.forward)
 
-    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         if not trains(module):
             return outputs
         if not isinstance(outputs, Mapping):
             raise SessionError("distillation needs a model whose forward returns a mapping, as transformers models do")
-        inputs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-        terms = session.loss_terms(outputs, inputs)
-        if terms is not None:
-            own = outputs.get("loss")
-            return _with_loss(outputs, terms if own is None else own + terms)
-        return outputs
+        return then(outputs, {**dict(zip(signature.parameters, args, strict=False)), **kwargs})
 
-    return [*ask_for_hidden_states(model, session), model.register_forward_hook(add, with_kwargs=True)]
+    return [*ask_for_hidden_states(model, session), model.register_forward_hook(after, with_kwargs=True)]
+
+
+def _full(model: nn.Module, outputs: Any, inputs: dict[str, Any]) -> Any:
+    """Outputs that have logits: TRL's fused head leaves them out, and only a second forward gives them."""
+    if not inputs.pop("fused_lm_head", False):
+        return outputs
+    return model.forward(**inputs)
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:
