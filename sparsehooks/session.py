@@ -72,7 +72,7 @@ class Session:
         self.view = SessionView(self)
         self.masks = Masks({}, plan.recipe.seed)
         self._metadata: dict[str, dict[str, str]] = {}
-        self._running = False
+        self._running = self._distilled = False
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
@@ -195,6 +195,7 @@ class Session:
             inputs: the keyword arguments of its forward. With ``num_items_in_batch`` the sum is divided by it, as
                 the Trainer does over accumulated batches and ranks; else by the number of items here.
         """
+        self._distilled = True
         return self._distillation.terms(outputs, inputs)
 
     def before_step(self, scale: float = 1.0) -> None:
@@ -204,8 +205,14 @@ class Session:
             scale: the factor of a gradient scaler, if one is in use.
 
         Raises:
-            SessionError: if loss terms were computed but never reached the gradient.
+            SessionError: if loss terms were not computed, or never reached the gradient.
         """
+        if self.distils and not self._distilled:
+            raise SessionError(
+                "the model was never called in training mode, so there is nothing to distil: call it as model(**batch) "
+                "after model.train(), and not one of its parts"
+            )
+        self._distilled = False
         self._distillation.before_step()
         self._learned.before_step(scale)
         step = self.step + 1

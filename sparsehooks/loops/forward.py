@@ -6,30 +6,27 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from sparsehooks.errors import SessionError
+from sparsehooks.loops.wrappers import is_wrapped, unwrapped
 from sparsehooks.session import Session
 
 
-def ask_for_hidden_states(model: nn.Module, session: Session) -> list[RemovableHandle]:
-    """Make training forwards return their hidden states, if the session needs them."""
-    if not session.needs_hidden_states:
-        return []
+class Handle(Protocol):
+    """What can be taken off again."""
 
-    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        return (args, {**kwargs, "output_hidden_states": True}) if trains(module) else None
-
-    return [model.register_forward_pre_hook(ask, with_kwargs=True)]
+    def remove(self) -> None:
+        """Take it off."""
 
 
-def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
-    """Add the session's loss terms to ``outputs.loss`` of every training forward of the (unwrapped) model."""
+def add_loss_terms(whole: nn.Module, session: Session) -> list[Handle]:
+    """Add the session's loss terms to ``outputs.loss`` of every training forward of the model in ``whole``."""
+    model = unwrapped(whole)
 
     def add(outputs: Any, inputs: dict[str, Any]) -> Any:
         terms = session.loss_terms(_full(model, outputs, inputs), inputs)
@@ -38,7 +35,7 @@ def add_loss_terms(model: nn.Module, session: Session) -> list[RemovableHandle]:
         own = outputs.get("loss")
         return _with_loss(outputs, terms if own is None else own + terms)
 
-    return _after_forwards(model, session, add)
+    return _after_forwards(whole, session, add)
 
 
 class LossTerms:
@@ -48,8 +45,9 @@ class LossTerms:
         self._terms: list[Tensor] = []
         self._batch: Mapping[str, Any] = {}
 
-    def attach(self, model: nn.Module, session: Session) -> list[RemovableHandle]:
-        """Compute the terms of every training forward of the (unwrapped) model."""
+    def attach(self, whole: nn.Module, session: Session) -> list[Handle]:
+        """Compute the terms of every training forward of the model in ``whole``."""
+        model = unwrapped(whole)
 
         def collect(outputs: Any, inputs: dict[str, Any]) -> Any:
             if inputs.keys() & self._batch.keys():  # what the loop keeps back for its loss, such as the labels
@@ -59,7 +57,7 @@ class LossTerms:
                 self._terms.append(terms)
             return outputs
 
-        return _after_forwards(model, session, collect)
+        return _after_forwards(whole, session, collect)
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """The loop is about to compute the loss of a batch."""
@@ -71,12 +69,11 @@ class LossTerms:
         return torch.stack(terms).mean() if terms else None
 
 
-def _after_forwards(
-    model: nn.Module, session: Session, then: Callable[[Any, dict[str, Any]], Any]
-) -> list[RemovableHandle]:
+def _after_forwards(whole: nn.Module, session: Session, then: Callable[[Any, dict[str, Any]], Any]) -> list[Handle]:
     """Call ``then`` with the outputs and the named inputs of every training forward; what it returns is the output."""
     if not session.distils:
         return []
+    model = unwrapped(whole)
     signature = inspect.signature(model.forward)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -86,7 +83,49 @@ def _after_forwards(
             raise SessionError("distillation needs a model whose forward returns a mapping, as transformers models do")
         return then(outputs, {**dict(zip(signature.parameters, args, strict=False)), **kwargs})
 
-    return [*ask_for_hidden_states(model, session), model.register_forward_hook(after, with_kwargs=True)]
+    handles: list[Handle] = [CalledWhole(model)] if is_wrapped(whole) else []
+    handles += _ask_for_hidden_states(model, session)
+    return [*handles, model.register_forward_hook(after, with_kwargs=True)]
+
+
+def _ask_for_hidden_states(model: nn.Module, session: Session) -> list[Handle]:
+    """Make training forwards return their hidden states, if the session needs them."""
+    if not session.needs_hidden_states:
+        return []
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, {**kwargs, "output_hidden_states": True}) if trains(module) else None
+
+    return [model.register_forward_pre_hook(ask, with_kwargs=True)]
+
+
+class CalledWhole:
+    """Have ``model.forward(...)`` run the model's hooks, as ``model(...)`` does, until ``remove`` is called.
+
+    Sentence Transformers and PEFT call the models in them that way.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._own, self._inside = model, vars(model).get("forward"), False
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def through_hooks(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return forward(*args, **kwargs)
+            self._inside = True
+            try:
+                return model(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        model.forward = through_hooks
+
+    def remove(self) -> None:
+        """Give the model its own ``forward`` back."""
+        del self._model.forward
+        if self._own is not None:
+            self._model.forward = self._own
 
 
 def _full(model: nn.Module, outputs: Any, inputs: dict[str, Any]) -> Any:

@@ -71,7 +71,7 @@ def attach(
     try:
         with session.aborting():
             session.start(model, inner, step, folder=None if folder is None else Path(folder), opened=opened)
-        handles += add_loss_terms(model, session)
+        handles += add_loss_terms(whole, session)
         handles.append(inner.register_load_state_dict_post_hook(lambda _: session.reload()))
         handles.append(inner.register_step_pre_hook(_before_step(session, getattr(accelerator, "scaler", None))))
         handles.append(inner.register_step_post_hook(lambda *_: session.after_step()))

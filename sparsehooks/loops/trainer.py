@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 
 from sparsehooks.errors import SessionError
-from sparsehooks.loops.forward import LossTerms, add_loss_terms
+from sparsehooks.loops.forward import Handle, LossTerms, add_loss_terms
 from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
@@ -43,7 +42,7 @@ class CompressionCallback(TrainerCallback):
         self.recipe = Recipe.of(recipe, self.manager)
         self.session: Session | None = None
         self.loss_terms: LossTerms | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._complete = False
 
     def detach(self, error: BaseException | None = None) -> None:
@@ -93,7 +92,7 @@ class CompressionCallback(TrainerCallback):
                     "load_best_model_at_end needs it; leave one of them out"
                 )
             attach = add_loss_terms if self.loss_terms is None else self.loss_terms.attach
-            self._handles = attach(model, session)
+            self._handles = attach(kwargs["model"], session)
             if self._handles and getattr(args, "torch_compile", False):
                 torch.compiler.reset()  # compiled code ignores hooks that came later
             reset_compiled(kwargs["model"])

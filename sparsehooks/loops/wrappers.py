@@ -23,8 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     This is the transformers model in what PEFT or Sentence Transformers have made of it, and in a module that adds
     no parameters of its own to it; else the module itself, without what DDP and ``torch.compile`` put around it.
     """
-    model = unwrap_model(model)
-    model = getattr(model, "_orig_mod", model)
+    model = _bare(model)
     if isinstance(model, PreTrainedModel):
         return model
     inner = getattr(model, "transformers_model", None)  # of Sentence Transformers
@@ -35,6 +34,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
         parts = _transformers(model)
         inner = parts[0] if len(parts) == 1 and _holds_all(parts[0], model) else model
     return inner
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a run compresses a part of what the loop trains."""
+    return _bare(model) is not unwrapped(model)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Without what DDP and ``torch.compile`` put around it."""
+    model = unwrap_model(model)
+    return getattr(model, "_orig_mod", model)
 
 
 def _holds_all(part: nn.Module, model: nn.Module) -> bool:
