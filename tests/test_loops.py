@@ -13,7 +13,14 @@ from accelerate.utils import DistributedType
 from helpers import copied, expected_zeros, labelled, linear_weights, prune, same_state, tiny_classifier, zeros
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import sparsehooks
@@ -263,11 +270,13 @@ def test_an_accelerate_loop_resumes_from_a_saved_state(tmp_path, precision):
         assert same_state(whole, run(load=load))
 
 
-class Small(torch.nn.Module):
+class Small(PreTrainedModel):
     """Small enough to be compiled in a test."""
 
+    config_class = PretrainedConfig
+
     def __init__(self):
-        super().__init__()
+        super().__init__(PretrainedConfig())
         torch.manual_seed(0)
         self.inner, self.outer = torch.nn.Linear(24, 64), torch.nn.Linear(64, 3)
 
@@ -276,8 +285,17 @@ class Small(torch.nn.Module):
         return SequenceClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
 
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # what the compiler finds in torch
-@pytest.mark.parametrize("compiled", ["wrapped", "in place"])
+@pytest.mark.parametrize("compiled", ["wrapped", "in place", "around"])
 @pytest.mark.parametrize("stages", [[KL], [INT8]], ids=["distil", "quantize"])
 def test_a_model_that_was_compiled_before_is_compressed_all_the_same(compiled, stages):
     generator = torch.Generator().manual_seed(1)
@@ -297,6 +315,8 @@ def test_a_model_that_was_compiled_before_is_compressed_all_the_same(compiled, s
             whole = torch.compile(model, backend="eager")
         elif compiled == "in place":
             model.compile(backend="eager")
+        elif compiled == "around":
+            whole = torch.compile(Around(model), backend="eager")
         loop(whole, optimizer, data[:2])  # compiles
         with sparsehooks.attach(whole, optimizer, {"stage": [*prune()["stage"], *stages]}, total_steps=8):
             losses = loop(whole, optimizer, data)

@@ -83,9 +83,8 @@ def _after_forwards(whole: nn.Module, session: Session, then: Callable[[Any, dic
             raise SessionError("distillation needs a model whose forward returns a mapping, as transformers models do")
         return then(outputs, {**dict(zip(signature.parameters, args, strict=False)), **kwargs})
 
-    handles: list[Handle] = [CalledWhole(model)] if is_wrapped(whole) else []
-    handles += _ask_for_hidden_states(model, session)
-    return [*handles, model.register_forward_hook(after, with_kwargs=True)]
+    handles = [*_ask_for_hidden_states(model, session), model.register_forward_hook(after, with_kwargs=True)]
+    return [*handles, CalledWhole(model)] if is_wrapped(whole) else handles
 
 
 def _ask_for_hidden_states(model: nn.Module, session: Session) -> list[Handle]:
@@ -111,21 +110,27 @@ class CalledWhole:
 
         @functools.wraps(forward)
         def through_hooks(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
-                return forward(*args, **kwargs)
-            self._inside = True
-            try:
-                return model(*args, **kwargs)
-            finally:
-                self._inside = False
+            return forward(*args, **kwargs) if self._inside else model(*args, **kwargs)
 
         model.forward = through_hooks
+        self._handles = [  # around all others
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Give the model its own ``forward`` back."""
+        for handle in self._handles:
+            handle.remove()
         del self._model.forward
         if self._own is not None:
             self._model.forward = self._own
+
+    def _enter(self, *_: Any) -> None:
+        self._inside = True
+
+    def _leave(self, *_: Any) -> None:
+        self._inside = False
 
 
 def _full(model: nn.Module, outputs: Any, inputs: dict[str, Any]) -> Any:
