@@ -53,8 +53,8 @@ def attach(
     Raises:
         RecipeError: if the recipe cannot be read.
         PlanError: all problems together, before the model is touched.
-        SessionError: if the weights or the optimizer are of a kind that masks cannot follow; and at the end, if the
-            optimizer was never called.
+        SessionError: if the weights or the optimizer are of a kind that masks cannot follow; and at the end, if
+            schedules of the recipe wait for an optimizer that was never called.
     """
     manager = as_manager(plugins)
     refuse_deepspeed(model, getattr(accelerator, "distributed_type", None))
@@ -78,9 +78,9 @@ def attach(
         reset_compiled(whole)
         with session.aborting():
             yield session
-            if session.step == 0 < total_steps:
+            if session.step == 0 and not session.complete:
                 raise SessionError(
-                    "the loop never called the optimizer that sparsehooks.attach was given, so the model is as it was; "
+                    "the loop never called the optimizer that sparsehooks.attach was given, so no schedule has moved; "
                     "give attach the one whose step() the loop calls"
                 )
             session.finish()
