@@ -123,6 +123,8 @@ class Plan:
             stages.append(planned if model is None else _fit(planned, model, problems))
             if total_steps:
                 problems += _untrainable(planned)
+            if total_steps and model is not None:
+                problems += _frozen(stages[-1], model)
         plan = cls(recipe, tuple(stages), total_steps)
         problems += _overlaps(plan)
         problems += _caches(plan)
@@ -428,6 +430,20 @@ def _emptied(
 
 def _some(names: list[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _frozen(planned: PlannedStage, model: nn.Module) -> list[str]:
+    """Whether a stage decides by gradients that never come."""
+    for key in ("prune", "grow"):
+        bound = planned.components.get(key)
+        if bound is None or not cast(type[Criterion], bound.cls).needs & {Need.GRADIENT, Need.MOMENTUM}:
+            continue
+        for target in planned.targets:
+            if not model.get_parameter(target.parameter).requires_grad:
+                who = f"{planned.path}.{key}: '{bound.record.component.name}' decides by gradients"
+                what = f"and none reaches '{target.parameter}', which is frozen"
+                return [f"{who}, {what}; unfreeze it, exclude it, or use 'magnitude'"]
+    return []
 
 
 def _overlaps(plan: Plan) -> list[str]:

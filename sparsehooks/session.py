@@ -39,7 +39,7 @@ from sparsehooks.recipe import (
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.sharding import is_sharded, local, part, same_zeros, unsupported
 from sparsehooks.sites import recorded
-from sparsehooks.targets import Target
+from sparsehooks.targets import Target, plain_name
 from sparsehooks.views import SessionView
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 DIVERGED = "the training has diverged, lower the learning rate"
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
+
+BEGINNINGS = {"step_size": "lr", "sum": "initial_accumulator_value"}
+"""The slots of torch's optimizers (Rprop, Adagrad) that do not begin at zero, and the option that they begin with."""
 
 
 def state_in(optimizer: Mapping[str, Any], which: str = "that was loaded") -> dict[str, Any]:
@@ -87,8 +90,7 @@ class Session:
         self.view = SessionView(self)
         self.masks = Masks({}, plan.recipe.seed)
         self._metadata: dict[str, dict[str, str]] = {}
-        self._running = False
-        self.sharded = False
+        self._running = self._distilled = self.sharded = False
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
@@ -195,6 +197,7 @@ class Session:
                     f"the weights of '{name}' and the masks that were loaded do not belong together; resume from the "
                     "folder that holds both"
                 )
+            self.masks.apply()  # a checkpoint of adapters does not hold the weights under them
         elif opened is not None:
             self.masks.from_zeros(self._pruned(opened))
         self._running = True
@@ -221,6 +224,7 @@ class Session:
             inputs: the keyword arguments of its forward. With ``num_items_in_batch`` the sum is divided by it, as
                 the Trainer does over accumulated batches and ranks; else by the number of items here.
         """
+        self._distilled = True
         return self._distillation.terms(outputs, inputs)
 
     def before_step(self, scale: float = 1.0) -> None:
@@ -230,8 +234,14 @@ class Session:
             scale: the factor of a gradient scaler, if one is in use.
 
         Raises:
-            SessionError: if loss terms were computed but never reached the gradient.
+            SessionError: if loss terms were not computed, or never reached the gradient.
         """
+        if self.distils and not self._distilled:
+            raise SessionError(
+                "the model was never called in training mode, so there is nothing to distil: call it as model(**batch) "
+                "after model.train(), and not one of its parts"
+            )
+        self._distilled = False
         self._distillation.before_step()
         self._learned.before_step(scale)
         step = self.step + 1
@@ -375,13 +385,16 @@ class Session:
             self.abort(error)
             raise
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the saved model says about itself: the recipe, what plugins added, the pruned parameters."""
+    def provenance(self, part: nn.Module) -> dict[str, Any]:
+        """What the model, or a part of it, says about itself where it is saved on its own.
+
+        These are the recipe, what plugins added, and the pruned parameters, under the names that they have without
+        adapters.
+        """
         masked = {id(self._weights[name]) for name in self.masks.masks}
-        pruned = sorted(name for name, weight in self._model.named_parameters() if id(weight) in masked)
+        pruned = sorted(plain_name(name) for name, weight in part.named_parameters() if id(weight) in masked)
         said: dict[str, Any] = {"recipe": self.plan.recipe.to_dict(), "plugins": self._metadata, "pruned": pruned}
-        return said | {"shrunk": self._shrunk, "activations": recorded(self._model)}
+        return said | {"shrunk": self._shrunk if part is self._model else {}, "activations": recorded(part)}
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -459,7 +472,8 @@ class Session:
         """What an opened artifact or this recipe prunes; a base model lacks the prefix of its task model."""
         own = {t.parameter for stage in self.plan.stages if stage.stage.action == "prune" for t in stage.targets}
         for name in self._weights:
-            own |= {name for old in opened if f".{old}".endswith(f".{name}") or f".{name}".endswith(f".{old}")}
+            plain = f".{plain_name(name)}"
+            own |= {name for old in opened if f".{old}".endswith(plain) or plain.endswith(f".{old}")}
         return [name for name in self._weights if name in own]
 
     def _state_of_step(self, step: int | None) -> dict[str, Any]:
@@ -551,9 +565,12 @@ class Session:
     def _reset_slots(self, name: str, grown: Tensor) -> None:
         """A weight that grows begins with an optimizer that has not seen it."""
         if self._optimizer is not None:
-            for slot in self._optimizer.state.get(self._weights[name], {}).values():
+            weight = self._weights[name]
+            group = next((g for g in self._optimizer.param_groups if any(w is weight for w in g["params"])), {})
+            for key, slot in self._optimizer.state.get(weight, {}).items():
                 if isinstance(slot, Tensor) and slot.shape == grown.shape:
-                    local(slot).masked_fill_(part(grown, slot), 0)
+                    beginning = group[BEGINNINGS[key]] if key in BEGINNINGS else 0
+                    local(slot).masked_fill_(part(grown, slot), beginning)
 
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status

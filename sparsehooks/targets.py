@@ -14,8 +14,13 @@ from sparsehooks.errors import RecipeError, suggest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ADAPTERS = re.compile(r"(^|\.)lora_")
-"""Adapter factors stay dense: masking a factor of a product does not make the product sparse."""
+ADAPTERS = re.compile(r"(^|\.)(lora_|modules_to_save\.|original_module\b)")
+"""What PEFT trains stays dense: masking a factor of a product does not make the product sparse."""
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or parameter has without the adapters of PEFT around it."""
+    return name.replace(".base_layer", "")
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,10 @@ def first_match(model: nn.Module, target: Target, patterns: Iterable[str]) -> st
 
 
 def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], weighted: set[str] | None = None) -> set[str]:
-    """The modules that the patterns match; each has to match one of ``weighted``, if that is given."""
+    """The modules that the patterns match, by their names without adapters.
+
+    Each has to match one of ``weighted``, if that is given.
+    """
     classes = {name: {base.__name__ for base in type(module).__mro__} for name, module in modules.items()}
     found: set[str] = set()
     for pattern in patterns:
@@ -110,9 +118,11 @@ def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], weighte
                 expression = re.compile(pattern[3:])
             except re.error as error:
                 raise RecipeError(f"target '{pattern}' is not a regular expression: {error}") from error
-            matches = {name for name in modules if expression.fullmatch(name)}
+            matches = {name for name in modules if expression.fullmatch(plain_name(name))}
         else:
-            matches = {name for name in modules if pattern in classes[name] or fnmatch.fnmatchcase(name, pattern)}
+            matches = {
+                name for name in modules if pattern in classes[name] or fnmatch.fnmatchcase(plain_name(name), pattern)
+            }
         if weighted is not None and not matches & weighted:
             known = {type(modules[name]).__name__ for name in weighted}
             what = "matches only modules without a weight matrix" if matches else "matches no module"

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from helpers import copied, expected_zeros, labelled, linear_weights, prune, same_state, tiny_classifier, zeros
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import sparsehooks
 from sparsehooks import SessionError
@@ -216,3 +227,183 @@ def test_what_was_pruned_stays_pruned_under_every_pattern():
                 for name, weight in linear_weights(model).items():
                     assert not (weight[gone.get(name, torch.zeros_like(weight, dtype=torch.bool))] != 0).any()
                     gone[name] = weight == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_accelerate_loop_resumes_from_a_saved_state(tmp_path, precision):
+    """Gradient accumulation, mixed precision, and ``load_state`` before or inside the block."""
+    recipe = {"stage": [*prune()["stage"], KL, INT8]}
+    data = [{key: value[0] for key, value in batch.items()} for batch in batches(32, 1)]
+
+    def run(stop=None, load=None):
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
+        model = tiny_classifier()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
+        model, optimizer, loader, scheduler = accelerator.prepare(
+            model, optimizer, DataLoader(data, batch_size=2), scheduler
+        )
+        if load == "before":
+            accelerator.load_state(tmp_path / "state")
+        options = {"total_steps": 8, "accelerator": accelerator, "folder": tmp_path}
+        with sparsehooks.attach(model, optimizer, recipe, **options) as session:
+            if load == "inside":
+                accelerator.load_state(tmp_path / "state")
+            model.train()
+            for batch in accelerator.skip_first_batches(loader, 2 * session.step):
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**batch).loss)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients and session.step == stop:
+                    accelerator.save_state(tmp_path / "state")
+            assert session.step == 8
+        return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    whole = run(stop=4)
+    assert zeros(whole) == expected_zeros(whole, 0.8)
+    whole.save_pretrained(tmp_path / "a")
+    assert same_state(whole, AutoModelForSequenceClassification.from_pretrained(tmp_path / "a"))
+    for load in ("before", "inside"):
+        assert same_state(whole, run(load=load))
+
+
+class Small(PreTrainedModel):
+    """Small enough to be compiled in a test."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self):
+        super().__init__(PretrainedConfig())
+        torch.manual_seed(0)
+        self.inner, self.outer = torch.nn.Linear(24, 64), torch.nn.Linear(64, 3)
+
+    def forward(self, inputs, labels=None):
+        logits = self.outer(self.inner(inputs).tanh())
+        return SequenceClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+
+
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # what the compiler finds in torch
+@pytest.mark.parametrize("compiled", ["wrapped", "in place", "around"])
+@pytest.mark.parametrize("stages", [[KL], [INT8]], ids=["distil", "quantize"])
+def test_a_model_that_was_compiled_before_is_compressed_all_the_same(compiled, stages):
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        {
+            "inputs": torch.randn(8, 24, generator=generator),
+            "labels": torch.randint(0, 3, (8,), generator=generator),
+        }
+        for _ in range(8)
+    ]
+
+    def run(compiled):
+        torch.compiler.reset()
+        model = whole = Small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        if compiled == "wrapped":
+            whole = torch.compile(model, backend="eager")
+        elif compiled == "in place":
+            model.compile(backend="eager")
+        elif compiled == "around":
+            whole = torch.compile(Around(model), backend="eager")
+        loop(whole, optimizer, data[:2])  # compiles
+        with sparsehooks.attach(whole, optimizer, {"stage": [*prune()["stage"], *stages]}, total_steps=8):
+            losses = loop(whole, optimizer, data)
+        return model, losses, loop(whole, optimizer, data[:1])
+
+    (model, *losses), (twin, *expected) = run(compiled), run(None)
+    assert losses == [pytest.approx(values, rel=1e-5) for values in expected]
+    assert zeros(model) == zeros(twin)
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight, twin.state_dict()[name], atol=1e-5), name
+
+
+def test_a_loop_that_never_calls_the_optimizer_is_an_error():
+    model = tiny_classifier()
+    before = copied(model)
+    optimizer, another = (torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2))
+    recipe = prune(schedule={"use": "oneshot", "start": 0.5})
+    with (
+        pytest.raises(SessionError, match="never called the optimizer"),
+        sparsehooks.attach(model, optimizer, recipe, total_steps=8),
+    ):
+        loop(model, another, batches(2))
+    assert same_state(before, model)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_loop_in_which_there_is_nothing_to_distil_is_an_error():
+    model = tiny_classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def only_parts():
+        batch = batches(1)[0]
+        logits = model.classifier(model.bert(batch["input_ids"], batch["attention_mask"]).pooler_output)
+        F.cross_entropy(logits, batch["labels"]).backward()
+        optimizer.step()
+
+    with (
+        pytest.raises(SessionError, match="never called in training mode"),
+        sparsehooks.attach(model, optimizer, {"stage": [KL]}, total_steps=8),
+    ):
+        only_parts()
+
+
+def test_deepspeed_is_refused_before_training():
+    model = tiny_classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = copied(model)
+    accelerator = Accelerator(cpu=True)
+    marked = tiny_classifier()
+    marked.classifier.weight.ds_id = 1  # as ZeRO-3 does
+    accelerator.state.distributed_type, kept = DistributedType.DEEPSPEED, accelerator.state.distributed_type
+    try:
+        for given, kind in ((model, accelerator), (marked, None)):
+            with (
+                pytest.raises(SessionError, match="DeepSpeed is not supported"),
+                sparsehooks.attach(given, optimizer, prune(), total_steps=8, accelerator=kind),
+            ):
+                pass
+    finally:
+        accelerator.state.distributed_type = kept
+    assert same_state(before, model)
+
+
+def test_a_module_around_a_transformers_model_is_compressed_and_what_is_in_it_saved(tmp_path):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.encoder = tiny_classifier().bert
+            self.head = torch.nn.Linear(64, 3) if head else None
+
+        def forward(self, input_ids, attention_mask, labels):
+            pooled = self.encoder(input_ids, attention_mask).pooler_output
+            logits = pooled[:, :3] if self.head is None else self.head(pooled)
+            return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+    for head in (False, True):
+        model = Wrapped(head)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        prefix = "encoder." if head else ""  # what adds nothing of its own has no name in the recipe
+        recipe = prune(targets=[f"{prefix}encoder.layer.*"], exclude=[])
+        with sparsehooks.attach(model, optimizer, recipe, total_steps=8):
+            loop(model, optimizer, batches())
+        folder = tmp_path / str(head)
+        model.encoder.save_pretrained(folder)
+        opened = AutoModel.from_pretrained(folder)
+        assert same_state(model.encoder, opened)
+        assert zeros(opened) == expected_zeros(opened, 0.8)
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert set(config["pruned"]) == set(linear_weights(opened))
+        assert sparsehooks.inspect(folder).ratio < 0.7

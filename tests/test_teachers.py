@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import (
     arguments,
     copied,
@@ -168,6 +169,7 @@ def test_images_enter_a_teacher_in_its_precision():
 
 def test_mixed_precision_leaves_the_teacher_exact():
     """Accelerate computes the student's forward in bfloat16; the teacher answers after it, in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests have left one in full precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = tiny_classifier()
     twin = copy.deepcopy(model).eval()
@@ -188,6 +190,11 @@ def test_mixed_precision_leaves_the_teacher_exact():
 
 
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+
+
+def step(model, optimizer, batch, labels=None):
+    model(**batch, labels=torch.zeros(4).long() if labels is None else labels).loss.backward()
+    optimizer.step()
 
 
 def frozen(model, *names):
@@ -227,10 +234,10 @@ def test_blocks_that_may_be_masked_are_copied():
     recipe = distill("kl")
     recipe["stage"].append(prune(0.5, pattern="head", targets=["*attention*"])["stage"][0])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with sparsehooks.attach(model, optimizer, recipe, total_steps=2) as session:
+    with sparsehooks.attach(model.train(), optimizer, recipe, total_steps=2) as session:
         assert not shared(model, teachers_of(session)[0])
-        optimizer.step()
-        optimizer.step()
+        for batch in batches(2):
+            step(model, optimizer, batch)
 
 
 def test_the_teacher_stays_what_it_was_when_weights_thaw():
@@ -253,10 +260,9 @@ def test_a_resumed_run_shares_what_is_still_the_same(tmp_path):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     recipe = distill("kl")
     with sparsehooks.attach(model.train(), optimizer, recipe, total_steps=2, folder=tmp_path):
-        model(**batches(1)[0], labels=torch.zeros(4).long()).loss.backward()
-        optimizer.step()
+        step(model, optimizer, batches(1)[0])
         state = copy.deepcopy(optimizer.state_dict())
-        optimizer.step()
+        step(model, optimizer, batches(1)[0])
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight.add_(1.0)
     optimizer.load_state_dict(state)
@@ -265,18 +271,20 @@ def test_a_resumed_run_shares_what_is_still_the_same(tmp_path):
         expected = {EMBEDDINGS, "bert.embeddings.token_type_embeddings.weight"}
         assert shared(model, teacher) == expected
         assert same_state(teacher.model, before)
-        optimizer.step()
+        step(model, optimizer, batches(1)[0])
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_base_of_an_adapter_is_in_memory_once():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-    base = {name for name, weight in model.named_parameters() if "lora" not in name and weight.dim() > 1}
+    inside = model.get_base_model()
+    base = {name for name, weight in inside.named_parameters() if "lora" not in name and weight.dim() > 1}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with sparsehooks.attach(model, optimizer, distill("kl"), total_steps=1) as session:
-        assert shared(model, teachers_of(session)[0]) == base
-        optimizer.step()
+    with sparsehooks.attach(model.train(), optimizer, distill("kl"), total_steps=1) as session:
+        assert shared(inside, teachers_of(session)[0]) == base
+        batch = batches(1)[0]
+        step(model, optimizer, batch, labels=batch["input_ids"])
 
 
 # --------------------------------------------------------------------------------------------------------- cache

@@ -131,6 +131,15 @@ def test_label_smoothing_needs_the_second_door(tmp_path):
         train(tiny_classifier(), tmp_path, recipe, labelled(), label_smoothing_factor=0.1)
 
 
+def test_deepspeed_is_refused_before_training(tmp_path):
+    trainer = Trainer(model=tiny_classifier(), args=arguments(tmp_path), train_dataset=labelled())
+    trainer.add_callback(CompressionCallback(prune()))
+    trainer.args.deepspeed_plugin = object()  # as an Accelerate configuration sets it, too
+    with pytest.raises(SessionError, match="DeepSpeed is not supported"):
+        trainer.train()
+    assert zeros(trainer.model) == 0
+
+
 def test_a_loss_that_never_reaches_the_gradient_is_an_error(tmp_path):
     def own_loss(outputs, labels, num_items_in_batch=None):
         return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import unwrap_model
 
-from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
+from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import add_loss_terms
+from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.session import KEY, Session
@@ -38,7 +38,7 @@ def attach(
     ``with sparsehooks.attach(model, optimizer, recipe, total_steps=N):`` around the loop; the hooks of the optimizer
     do the rest. At the end the model holds its final weights, and ``model.save_pretrained()`` writes the sparse form.
     Distillation adds to ``outputs.loss``. After ``optimizer.load_state_dict`` or ``accelerator.load_state`` the run
-    goes on where the state says.
+    goes on where the state says. A closure that is given to ``optimizer.step`` is followed, too.
 
     Args:
         model: the model that is trained, prepared by Accelerate or not.
@@ -55,43 +55,64 @@ def attach(
     Raises:
         RecipeError: if the recipe cannot be read.
         PlanError: all problems together, before the model is touched.
+        SessionError: if the weights or the optimizer are of a kind that masks cannot follow; and at the end, if
+            schedules of the recipe wait for an optimizer that was never called.
     """
     manager = as_manager(plugins)
-    unwrapped = accelerator.unwrap_model(model) if accelerator is not None else unwrap_model(model)
+    refuse_deepspeed(model, getattr(accelerator, "distributed_type", None))
     inner = getattr(optimizer, "optimizer", optimizer)
-    session = Session.of(Recipe.of(recipe, manager), manager, unwrapped, total_steps)
-    config = disarm(unwrapped)
+    if isinstance(inner, torch.optim.LBFGS):
+        raise SessionError(
+            "LBFGS tries several weights within one step, where masks do not reach them; use another optimizer"
+        )
+    whole, model = model, unwrapped(model)
+    session = Session.of(Recipe.of(recipe, manager), manager, model, total_steps)
+    opened = disarm_all(model)
     step = inner.param_groups[0].get(KEY, {}).get("step", 0)
     handles: list[Any] = []
     try:
         with session.aborting():
-            session.start(
-                unwrapped,
-                inner,
-                step,
-                folder=None if folder is None else Path(folder),
-                opened=config.pruned if config is not None else None,
-            )
-        handles += add_loss_terms(unwrapped, session)
+            session.start(model, inner, step, folder=None if folder is None else Path(folder), opened=opened)
+        handles += add_loss_terms(whole, session)
         handles += _follow_checkpoints(session, inner, accelerator)
         handles += _follow_steps(session, inner, getattr(accelerator, "scaler", None))
+        reset_compiled(whole)
         with session.aborting():
             yield session
+            if session.step == 0 and not session.complete:
+                raise SessionError(
+                    "the loop never called the optimizer that sparsehooks.attach was given, so no schedule has moved; "
+                    "give attach the one whose step() the loop calls"
+                )
             session.finish()
     finally:
         for handle in handles:
             handle.remove()
-    arm(unwrapped, SparseHooksConfig(**session.provenance))
+    arm_all(model, session)
 
 
 def _follow_steps(session: Session, optimizer: torch.optim.Optimizer, scaler: Any) -> list[Any]:
     counts = True
 
-    def before(*_: Any) -> None:
+    def ready() -> None:
+        session.before_step(1.0 if scaler is None else scaler.get_scale())
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal counts
-        counts = not _only_makes_state(optimizer)
-        if counts:
-            session.before_step(1.0 if scaler is None else scaler.get_scale())
+        # the optimizer is the first argument
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]
+        counts = closure is not None or not _only_makes_state(optimizer)
+        if closure is None:
+            if counts:
+                ready()
+            return None
+
+        def closure_and_ready() -> Any:  # where a closure computes the gradients, once it has
+            loss = closure()
+            ready()
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_and_ready}
 
     def after(*_: Any) -> None:
         if counts:

@@ -88,7 +88,7 @@ def compress(
             if batches is not None and any(_has_threshold(stage) for stage in session.plan.stages):
                 session.calibrate(batches)
             session.finish()
-        arm(model, SparseHooksConfig(**session.provenance))
+        arm(model, SparseHooksConfig(**session.provenance(model)))
         if folder is not None:
             write_model(model, folder, level=level)
             if tokenizer is not None:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
-from sparsehooks.loops.forward import add_loss_terms, ask_for_outputs, trains
+from sparsehooks.loops.forward import Handle, LossTerms, add_loss_terms
+from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.session import Session, state_in
@@ -45,9 +44,9 @@ class CompressionCallback(TrainerCallback):
         self.manager = as_manager(plugins)
         self.recipe = Recipe.of(recipe, self.manager)
         self.session: Session | None = None
-        self.adds_loss_terms = True
+        self.loss_terms: LossTerms | None = None
         self.resumes_from: str | Path | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._complete = False
 
     def detach(self, error: BaseException | None = None) -> None:
@@ -67,13 +66,10 @@ class CompressionCallback(TrainerCallback):
     ) -> None:
         """Attach: the model is prepared, and a checkpoint is loaded."""
         self.detach()  # the Trainer begins again after it found a batch size that fits
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        if getattr(args, "deepspeed", None):
-            raise SessionError(
-                "DeepSpeed is not supported: it keeps the weights where masks cannot reach them; use DDP"
-            )
+        model, optimizer = unwrapped(kwargs["model"]), kwargs["optimizer"]
+        refuse_deepspeed(model, "DEEPSPEED" if getattr(args, "deepspeed_plugin", None) else None)
         if (
-            self.adds_loss_terms
+            self.loss_terms is None
             and args.label_smoothing_factor
             and any(s.action == "distill" for s in self.recipe.stages)
         ):
@@ -84,7 +80,7 @@ class CompressionCallback(TrainerCallback):
         if args.n_gpu > 1:
             raise SessionError("several GPUs in one process (DataParallel) are not supported; start with torchrun")
         session = Session.of(self.recipe, self.manager, model, state.max_steps)
-        config = disarm(model)
+        opened = disarm_all(model)
         self.session = session
         with self._aborting():
             session.start(
@@ -93,17 +89,18 @@ class CompressionCallback(TrainerCallback):
                 state.global_step,
                 state=self._beside_checkpoint(args, state, model),
                 folder=Path(args.output_dir or "."),
-                opened=config.pruned if config is not None else None,
+                opened=opened,
             )
             if session.learns and args.load_best_model_at_end and args.save_only_model:
                 raise SessionError(
                     "with save_only_model the checkpoints lack what the recipe learns beside the model, and "
                     "load_best_model_at_end needs it; leave one of them out"
                 )
-            attach = add_loss_terms if self.adds_loss_terms else ask_for_outputs
-            self._handles = attach(model, session)
+            attach = add_loss_terms if self.loss_terms is None else self.loss_terms.attach
+            self._handles = attach(kwargs["model"], session)
             if self._handles and getattr(args, "torch_compile", False):
                 torch.compiler.reset()  # compiled code ignores hooks that came later
+            reset_compiled(kwargs["model"])
         self._complete = session.complete
 
     def on_pre_optimizer_step(
@@ -158,7 +155,7 @@ class CompressionCallback(TrainerCallback):
                     session.take_learned(state_in(optimizer))
             session.finish()
         self.detach()
-        arm(kwargs["model"], SparseHooksConfig(**session.provenance))
+        arm_all(unwrapped(kwargs["model"]), session)
 
     def _beside_checkpoint(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any] | None:
         if not state.global_step or not is_sharded(model):
@@ -188,19 +185,20 @@ def attach_trainer(
 ) -> CompressionCallback:
     """Add the callback to a Trainer that computes its own loss, and in front of the callbacks that log.
 
-    The same as ``trainer.add_callback(CompressionCallback(recipe))``, and in addition: with label smoothing or
-    ``compute_loss_func`` the loss terms are added after ``trainer.compute_loss``; the sparsity reaches
-    loggers (Weights & Biases, TensorBoard), which read the logs before later callbacks; and whatever ends
-    ``trainer.train()`` leaves nothing attached.
+    The same as ``trainer.add_callback(CompressionCallback(recipe))``, and in addition: where the Trainer does not take
+    its loss from the model (label smoothing, ``compute_loss_func``, the Trainers of TRL and Sentence Transformers), the
+    loss terms are added after ``trainer.compute_loss``; the sparsity reaches loggers (Weights & Biases, TensorBoard),
+    which read the logs before later callbacks; and whatever ends ``trainer.train()`` leaves nothing attached.
 
     Returns:
         the callback.
     """
     callback = CompressionCallback(recipe, plugins)
-    callback.adds_loss_terms = trainer.label_smoother is None and trainer.compute_loss_func is None
     trainer.callback_handler.callbacks.insert(0, callback)
-    if not callback.adds_loss_terms:
-        trainer.compute_loss = _with_terms(trainer, callback)  # type: ignore[method-assign]
+    overridden = type(trainer).compute_loss is not Trainer.compute_loss
+    if overridden or trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        callback.loss_terms = LossTerms()
+        trainer.compute_loss = _with_terms(trainer, callback.loss_terms)  # type: ignore[method-assign]
     train = trainer.train
 
     @functools.wraps(train)
@@ -217,7 +215,7 @@ def attach_trainer(
     return callback
 
 
-def _with_terms(trainer: Trainer, callback: CompressionCallback) -> Any:
+def _with_terms(trainer: Trainer, loss_terms: LossTerms) -> Any:
     """The Trainer's ``compute_loss`` with the session's terms on top."""
     compute_loss = trainer.compute_loss
 
@@ -226,15 +224,15 @@ def _with_terms(trainer: Trainer, callback: CompressionCallback) -> Any:
         model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         given = dict(inputs)  # the Trainer takes the labels out
-        loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        session = callback.session
-        if session is not None and session.distils and trains(model):
-            if num_items_in_batch is not None and _is_scaled(trainer, num_items_in_batch):
-                given["num_items_in_batch"] = num_items_in_batch
-            terms = session.loss_terms(outputs, given)
-            if terms is not None:
-                loss = loss + terms * _scale(trainer, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        if num_items_in_batch is not None and _is_scaled(trainer, num_items_in_batch):
+            given["num_items_in_batch"] = num_items_in_batch
+        loss_terms.begin(given)
+        found: Any = compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        loss, *outputs = found if return_outputs else (found,)
+        terms = loss_terms.end()
+        if terms is not None:
+            loss = loss + terms * _scale(trainer, num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
 
     return compute_loss_with_terms
 
