@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -406,3 +408,21 @@ def test_a_plain_module_with_tied_weights_is_saved(tmp_path):
     sparsehooks.save_pretrained(model, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "model.safetensors")
     assert same_state(stored, dict(model.state_dict()))
+
+
+def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path):
+    model = sparsehooks.compress(tiny_llama(), prune(0.5))
+    other = {name: tensor + 1.0 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=other)
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), other)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(tmp_path, copies):
+    model = sparsehooks.compress(tiny_llama(), prune(0.5))
+    other = copies(model)
+    with torch.no_grad():
+        other.lm_head.weight.fill_(1.0)
+    other.save_pretrained(tmp_path)
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), other)
+    assert not same_state(model, other)
