@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
 from sparsehooks.sharding import is_sharded
 from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start, share
 from sparsehooks.views import Batch
+
+SCALED = 1024.0
+"""A loss that arrives multiplied by more has met a gradient scaler."""
 
 
 class Distillation:
@@ -50,13 +54,14 @@ class Distillation:
         self._resumed = start is not None
         self._learned = learned
         self._unused = False
+        self._arrived: float | None = None
         self._weights: dict[int, Tensor] = {}
         self._teachers: dict[TeacherUse, Teacher] = {}
         needs: dict[TeacherUse, set[Need]] = {}
         for planned, distiller in stages.values():
             for use in _uses(planned):
                 needs.setdefault(use, set()).update(distiller.needs)
-        device = next(model.parameters()).device
+        device = self._device = next(model.parameters()).device
         unchanged = _unchanged(model, plan)
         caches = _caches(plan)
         for index, (planned, distiller) in stages.items():
@@ -64,7 +69,7 @@ class Distillation:
             for number, use in enumerate(_uses(planned)):
                 if use not in self._teachers:
                     self._teachers[use] = self._open(use, needs[use], folder, unchanged, caches.get(use))
-                with attributed(planned.components["distill"].record):
+                with attributed(planned.components["distill"].record), _labelled(planned):
                     made = distiller.prepare(model, self._teachers[use].model, generator)
                 learned.add(_owner(index, number), made, device, LEARNING_RATE)
         self.outputs = Outputs(model, set().union(*needs.values()))
@@ -79,10 +84,14 @@ class Distillation:
         elif index in self._weights:
             self._weights[index].copy_(weight)
         else:
-            self._weights[index] = weight.to(next(self._model.parameters()).device)
+            self._weights[index] = weight.to(self._device)
 
     def terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """The sum of all loss terms of one micro-batch; see ``Session.loss_terms``."""
+        with torch.autocast(self._device.type, enabled=False):  # losses and teachers choose their own precision
+            return self._terms(outputs, inputs)
+
+    def _terms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         total = None
         batch = Batch(inputs, self._shifts)
         items = inputs.get("num_items_in_batch")
@@ -96,12 +105,12 @@ class Distillation:
             for number, use in enumerate(planned.stage.teacher):
                 if use not in answers:
                     answers[use] = self._teachers[use](inputs)
-                with attributed(planned.components["distill"].record):
-                    values = distiller.loss(outputs, answers[use], batch, self._learned.of(_owner(index, number)))
+                learned = self._learned.of(_owner(index, number))
+                with attributed(planned.components["distill"].record), _labelled(planned):
+                    values = distiller.loss(outputs, answers[use], batch, learned)
                     if values.dim() != 1:
                         raise SessionError(
-                            f"{planned.label}: loss() must return one value an item, shape (items,), "
-                            f"got {tuple(values.shape)}"
+                            f"loss() must return one value an item, shape (items,), got {tuple(values.shape)}"
                         )
                 losses.append(values)
             values = losses[0] if len(losses) == 1 else torch.stack(losses).mean(dim=0)
@@ -115,14 +124,24 @@ class Distillation:
             total.register_hook(self._mark_used)
         return total
 
-    def before_step(self) -> None:
-        """Check that the terms reached the gradient, and that the teachers stay what they are."""
+    def before_step(self, scale: float) -> None:
+        """Check that the terms reached the gradient, and that the teachers stay what they are.
+
+        Args:
+            scale: the factor of a gradient scaler that the loop knows of.
+        """
         for teacher in self._teachers.values():
             teacher.before_step()
         if self._unused:
             raise SessionError(
-                "the distillation loss was computed but not trained on: the loop computes its own loss (label "
-                "smoothing, compute_loss_func); use sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
+                "the distillation loss was computed but not trained on: the loop makes its own loss; add the model's "
+                "outputs.loss to it, or, of a Trainer (label smoothing, compute_loss_func), use "
+                "sparsehooks.attach_trainer(trainer, recipe) instead of the callback"
+            )
+        if scale == 1.0 and self._arrived is not None and self._arrived > SCALED:
+            raise SessionError(
+                f"the loss is scaled by about {self._arrived:.0f}, as by a gradient scaler; give it to "
+                "sparsehooks.attach as scaler=, so that what the recipe learns is unscaled too"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,9 +188,7 @@ class Distillation:
         teacher = open_teacher(name)
         ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (self._model, teacher))
         if ours is not None and theirs is not None and theirs < ours:
-            raise SessionError(
-                f"the teacher '{name}' knows {theirs} tokens and the student {ours}; take one with its tokenizer"
-            )
+            teacher.register_forward_pre_hook(_refusing_tokens(name, theirs), with_kwargs=True)
         return teacher
 
     def _open_self(self, folder: Path | None, shared: Collection[str]) -> tuple[nn.Module, Collection[str]]:
@@ -186,6 +203,31 @@ class Distillation:
 
     def _mark_used(self, gradient: Tensor) -> None:
         self._unused = False
+        if self._arrived is None:  # the first of the run is enough, and reading it makes a GPU wait
+            self._arrived = float(gradient)
+
+
+@contextmanager
+def _labelled(planned: PlannedStage) -> Iterator[None]:
+    """Errors inside say which stage they are about."""
+    try:
+        yield
+    except SessionError as error:
+        raise SessionError(f"{planned.label}: {error}") from error
+
+
+def _refusing_tokens(name: str, known: int) -> Any:
+    """Before a forward of a teacher that knows fewer tokens than its student: are there any that it does not know?"""
+
+    def check(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+        tokens = kwargs.get("input_ids")
+        if tokens is not None and int(tokens.max()) >= known:
+            raise SessionError(
+                f"the teacher '{name}' knows {known} tokens, and the batch holds token {int(tokens.max())}; take one "
+                "with the student's tokenizer"
+            )
+
+    return check
 
 
 def _uses(planned: PlannedStage) -> Teachers:

@@ -30,11 +30,17 @@ def agree(value: Callable[[], str], disagreement: str) -> None:
     Raises:
         SessionError: ``disagreement``, if they differ.
     """
-    if world_size() > 1:
-        values: list[str | None] = [None] * world_size()
-        dist.all_gather_object(values, value())
-        if len(set(values)) > 1:
-            raise SessionError(disagreement)
+    if world_size() > 1 and len(set(gathered(value()))) > 1:
+        raise SessionError(disagreement)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def once(make: Callable[[], T]) -> T:

@@ -84,6 +84,7 @@ class Masks:
     Never buffers or parametrizations: both change the keys of the state dict.
 
     Attributes:
+        weights: the parameters of the model, as they were when the run began.
         masks: the mask of each parameter.
         seed: the recipe's.
         alive: the ones that act in the forward: their weights stay alive behind the mask.
@@ -91,7 +92,7 @@ class Masks:
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], seed: int) -> None:
-        self._weights = weights
+        self.weights = weights
         self.seed = seed
         self.masks: dict[str, Tensor] = {}
         self.alive: set[str] = set()
@@ -115,15 +116,15 @@ class Masks:
         """Zero what the masks exclude, in place."""
         acting = self.masked_weights()
         masks.apply(
-            [local(self._weights[name]) for name in acting],
-            [part(mask, self._weights[name]) for name, mask in acting.items()],
+            [local(self.weights[name]) for name in acting],
+            [part(mask, self.weights[name]) for name, mask in acting.items()],
         )
 
     @torch.no_grad()
     def clear_signs(self) -> None:
         """Make masked weights +0.0: a negative weight times zero is -0.0, which files do not keep."""
         for name in self.masks:
-            local(self._weights[name]).add_(0.0)
+            local(self.weights[name]).add_(0.0)
 
     @torch.no_grad()
     def update(
@@ -199,7 +200,7 @@ class Masks:
         """Undo the last update of the adaptive stage ``index``: the masks before it, and the values that it took."""
         changes = {}
         for name, kept in self._undo.pop(index, {}).items():
-            weight = self._weights[name]
+            weight = self.weights[name]
             mask = masks.unpack(kept["mask"], weight.shape, weight.device)
             back = mask & ~self.masks[name]
             if name not in self.alive:
@@ -212,7 +213,7 @@ class Masks:
     def from_zeros(self, names: Iterable[str]) -> None:
         """Take the zeros of these weights of an opened artifact as their masks."""
         for name in names:
-            mask = whole(self._weights[name].detach()) != 0
+            mask = whole(self.weights[name].detach()) != 0
             if not mask.all():
                 self._set(name, mask)
 
@@ -226,7 +227,7 @@ class Masks:
             kept.clear()
         for name, stored in state.items():
             bits = stored.cpu()  # a loop may have moved them to the weights' device
-            weight = self._weights[name]
+            weight = self.weights[name]
             mask = masks.unpack(bits, weight.shape, weight.device)
             self.masks[name], self._packed[name], self._kept[name] = mask, bits, int(torch.count_nonzero(mask))
 
@@ -240,7 +241,7 @@ class Masks:
 
     def view(self, pruner: Pruner, key: str, target: Target, step: int, evidence: Evidence) -> WeightView:
         """What a criterion of the stage sees of a target."""
-        weight = target.matrix(whole(self._weights[target.parameter].detach()))
+        weight = target.matrix(whole(self.weights[target.parameter].detach()))
         seed = seed_of(self.seed, pruner.stage.index, step, target.parameter, *(() if key == "prune" else (key,)))
         return WeightView(target.parameter, weight, seed, **evidence(target))
 
@@ -344,7 +345,7 @@ class Masks:
             mask = mask & old
         if undo is not None:
             before = torch.ones_like(mask) if old is None else old
-            undo[name] = {"mask": masks.pack(before), "values": whole(self._weights[name])[before & ~mask].clone()}
+            undo[name] = {"mask": masks.pack(before), "values": whole(self.weights[name])[before & ~mask].clone()}
         kept_before = self._kept.get(name, mask.numel())
         back = None if old is None or not revives else mask & ~old
         grown = 0 if back is None else int(torch.count_nonzero(back))

@@ -262,6 +262,8 @@ class DistillStage(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.targets != ("Linear",) or self.exclude:
+            raise ValueError("'targets' and 'exclude' do not apply to a distill stage; leave them out")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"'weight' = {self.weight} is not a positive number")
         if self.cache == "":

@@ -58,8 +58,8 @@ class Run:
     on_grid: OnGrid
 
     def weight(self, target: Target) -> nn.Parameter:
-        """The parameter of a target."""
-        return self.model.get_parameter(target.parameter)
+        """The parameter of a target; of sharded ones the shard, whatever a forward has put in its place."""
+        return self.masks.weights[target.parameter]
 
 
 class PruneRun:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from sparsehooks.recipe import (
     ShrinkStage,
 )
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
-from sparsehooks.sharding import is_sharded, local, part, same_zeros, unsupported
+from sparsehooks.sharding import is_sharded, local, misfit, part, reshard, unsupported
 from sparsehooks.sites import recorded
 from sparsehooks.targets import Target, plain_name
 from sparsehooks.views import SessionView
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from sparsehooks.problems import Quantize
 
 DIVERGED = "the training has diverged, lower the learning rate"
+ATTACHED: WeakSet[torch.optim.Optimizer] = WeakSet()
+"""The optimizers of all runs that have not ended."""
 KEY = "sparsehooks"
 """Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
 
@@ -90,7 +93,7 @@ class Session:
         self.view = SessionView(self)
         self.masks = Masks({}, plan.recipe.seed)
         self._metadata: dict[str, dict[str, str]] = {}
-        self._running = self._distilled = self.sharded = False
+        self.running = self._distilled = self._loaded = self.sharded = False
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
@@ -126,6 +129,7 @@ class Session:
         folder: Path | None = None,
         opened: Collection[str] | None = None,
         calibration: Calibration | None = None,
+        start: str | None = None,
     ) -> None:
         """Begin, or go on after ``step`` finished optimizer steps.
 
@@ -138,16 +142,18 @@ class Session:
             opened: of an artifact that is trained further, the names of its pruned parameters: their zeros, and
                 those of the recipe's own targets, are the first masks.
             calibration: without training: for the stages that need calibration batches.
+            start: of a run that begins once more, the fingerprint of its first start (``Session.start_of_run``).
 
         Raises:
             SessionError: if a resumed run lacks its state, or belongs to another recipe.
         """
+        reshard(model)
         self._model = model
         self._optimizer = optimizer
         self._weights = dict(model.named_parameters())
         self.sharded = is_sharded(model)
         self._check_sharding()
-        if step == 0 and optimizer is not None and KEY in optimizer.param_groups[0]:
+        if optimizer is not None and (optimizer in ATTACHED or (step == 0 and KEY in optimizer.param_groups[0])):
             raise SessionError(
                 "another run of sparsehooks is attached to this optimizer; put all stages into one recipe and one "
                 "callback, or call detach() on the callback of a run that broke off"
@@ -157,7 +163,16 @@ class Session:
         self.step = step
         self.masks = Masks(self._weights, self.plan.recipe.seed)
         self.masks.on_grown = self._reset_slots
-        start = None if state is None else self._checked(state)["distillation"]["start"]
+        if state is not None:
+            start = self._checked(state)["distillation"]["start"]
+        distillers = {
+            stage.index: (stage, cast(Distiller, self._objects[stage.index]["distill"]))
+            for stage in self.plan.stages
+            if isinstance(stage.stage, DistillStage)
+        }
+        # before layers are swapped: a copy of a swapped layer would compute with the masks of the student
+        self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
+        self._left.callback(self._distillation.outputs.close)
         run = Run(
             model,
             optimizer,
@@ -169,42 +184,43 @@ class Session:
             calibration,
             self._on_grid,
         )
+        self._make_runs(run, new=state is None)
+        self._keep_answers(optimizer)
+        if state is not None:
+            self._take(state)
+            self._check_weights()
+            self.masks.apply()  # a checkpoint of adapters does not hold the weights under them
+        elif opened is not None:
+            self.masks.from_zeros(self._pruned(opened))
+        self.running = True
+        if optimizer is not None:
+            ATTACHED.add(optimizer)
+        self._on_step = self.manager.step_finished()
+        self.manager.session_started(self.view)
+        self._advance(update=state is None)
+        self._save_state()
+
+    def _make_runs(self, run: Run, *, new: bool) -> None:
+        """One object for each stage that acts on weights, and one for all that act on activations."""
         for stage in self.plan.stages:
             if isinstance(stage.stage, PruneStage):
-                self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run, new=state is None)
+                self._pruning[stage.index] = PruneRun(stage, self._objects[stage.index], run, new=new)
             elif isinstance(stage.stage, RegularizeStage):
                 self._regularizing[stage.index] = RegularizeRun(stage, self._objects[stage.index], run)
             elif isinstance(stage.stage, QuantizeStage):
                 self._quantizing[stage.index] = QuantizeRun(stage, self._objects[stage.index], run)
-        distillers = {
-            stage.index: (stage, cast(Distiller, self._objects[stage.index]["distill"]))
-            for stage in self.plan.stages
-            if isinstance(stage.stage, DistillStage)
-        }
         acting = [
             (stage, cast(Activation, self._objects[stage.index]["activation"]), stage.targets)
             for stage in self.plan.stages
             if isinstance(stage.stage, ActivationStage)
         ]
-        self._activations = Activations(acting, model, self._learned if optimizer is not None else None)
-        self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
-        self._left.callback(self._distillation.outputs.close)
-        self._keep_answers(optimizer)
-        if state is not None:
-            self._take(state)
-            if self.sharded and (name := same_zeros(self._weights, self.masks.masked_weights())) is not None:
-                raise SessionError(
-                    f"the weights of '{name}' and the masks that were loaded do not belong together; resume from the "
-                    "folder that holds both"
-                )
-            self.masks.apply()  # a checkpoint of adapters does not hold the weights under them
-        elif opened is not None:
-            self.masks.from_zeros(self._pruned(opened))
-        self._running = True
-        self._on_step = self.manager.step_finished()
-        self.manager.session_started(self.view)
-        self._advance(update=state is None)
-        self._save_state()
+        learned = self._learned if run.optimizer is not None else None
+        self._activations = Activations(acting, run.model, learned)
+
+    @property
+    def start_of_run(self) -> str | None:
+        """The fingerprint of the model as it was at the start, if something in the run needs that."""
+        return self._distillation.start
 
     @property
     def distils(self) -> bool:
@@ -242,7 +258,9 @@ class Session:
                 "after model.train(), and not one of its parts"
             )
         self._distilled = False
-        self._distillation.before_step()
+        if self._loaded:
+            self._check_weights()
+        self._distillation.before_step(scale)
         self._learned.before_step(scale)
         step = self.step + 1
         for index, pruning in self._pruning.items():
@@ -314,6 +332,7 @@ class Session:
 
     def finish(self) -> None:
         """End the run: write the effective weights into the parameters and undo every swap."""
+        reshard(self._model)
         for stage in self.plan.stages:
             status = self._statuses.get(stage.index)
             if isinstance(stage.stage, (DistillStage, RegularizeStage, ShrinkStage)):
@@ -357,10 +376,11 @@ class Session:
         self._activations.abort()
         self._unswap()
         self._left.close()
-        if self._optimizer is not None:
-            self._optimizer.param_groups[0].pop(KEY, None)
-        if self._running:
-            self._running = False
+        if self.running:
+            self.running = False
+            if self._optimizer is not None:
+                self._optimizer.param_groups[0].pop(KEY, None)
+                ATTACHED.discard(self._optimizer)
             self.manager.session_finished(self.view, error)
 
     def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -430,6 +450,7 @@ class Session:
             SessionError: if it belongs to another recipe or another version.
         """
         self._take(state)
+        self._loaded = self.sharded
         self._advance(update=False)
         self._save_state()
 
@@ -483,6 +504,15 @@ class Session:
     def _save_state(self) -> None:
         if self._optimizer is not None and not self.sharded:
             self._optimizer.param_groups[0][KEY] = self.state_dict()
+
+    def _check_weights(self) -> None:
+        """State and sharded weights come from two files: they have to fit."""
+        self._loaded = False
+        if self.sharded and (name := misfit(self._weights, self.masks.masked_weights())) is not None:
+            raise SessionError(
+                f"the weights of '{name}' and the masks that were loaded do not belong together; resume from the "
+                "folder that holds both"
+            )
 
     def _check_sharding(self) -> None:
         if (why := unsupported(self._model)) is not None:

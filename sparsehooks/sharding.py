@@ -13,15 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsehooks.distributed import rank
+from sparsehooks.distributed import gathered, rank
 
 STATE_OF_FSDP = ("__composable_api_state_key", "_fsdp", "_is_fsdp")
 """How the names begin of what ``fully_shard`` keeps on modules."""
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter of the model is split over ranks."""
-    return any(_is_distributed(weight) for weight in model.parameters())
+    """Whether any parameter of the model is split over ranks, also where a forward has gathered it for the moment."""
+    return any(map(_is_distributed, model.parameters())) or any(_sharding_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward has gathered: after one in evaluation mode, FSDP2 leaves whole copies in the modules."""
+    for module in _sharding_modules(model):
+        module.reshard()
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -70,35 +76,40 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """
     if not is_sharded(model):
         return model.state_dict()
+    reshard(model)
     found: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if first.setdefault(id(tensor), name) != name:  # tied
             found |= {name: found[first[id(tensor)]]} if rank() == 0 else {}
             continue
-        gathered = whole(tensor)
+        values = whole(tensor)
         if rank() == 0:
-            found[name] = gathered.detach().cpu()
+            found[name] = values.detach().cpu()
     return found
 
 
-def whole_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model without sharding, on every rank; ``fully_shard`` forbids ``deepcopy``."""
-    from torch.distributed.fsdp import FSDPModule
+def whole_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a model without sharding, on every rank; ``fully_shard`` forbids ``deepcopy``.
 
-    memo: dict[int, Any] = {}
-    classes = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
+    Args:
+        model: sharded.
+        memo: of ``deepcopy``: what stands for parts of the model.
+    """
+    reshard(model)
+    memo = {} if memo is None else memo
+    classes = {module: type(module) for module in _sharding_modules(model)}
     for module in model.modules():
         for key, value in vars(module).items():
             if isinstance(value, dict) and key.startswith(STATE_OF_FSDP):
                 memo[id(value)] = {}
-            elif isinstance(value, dict) and key.endswith("hooks"):
-                memo[id(value)] = type(value)((at, hook) for at, hook in value.items() if not _is_of_fsdp(hook))
     for weight in model.parameters():
         memo[id(weight)] = nn.Parameter(whole(weight).clone(), requires_grad=weight.requires_grad)
+    from torch.distributed.fsdp import FSDPModule
+
     try:
         for module, cls in classes.items():
-            module.__class__ = cls.__mro__[2]
+            module.__class__ = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
         duplicate = copy.deepcopy(model, memo)
     finally:
         for module, cls in classes.items():
@@ -109,17 +120,19 @@ def whole_copy(model: nn.Module) -> nn.Module:
     return duplicate
 
 
-def _is_of_fsdp(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+def _sharding_modules(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _is_distributed(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def same_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
-    """The first weight that is not zero where its mask says so on this rank, or None."""
-    for name, mask in masks.items():
-        if bool(local(weights[name]).masked_fill(part(mask, weights[name]), 0).any()):
-            return name
-    return None
+def misfit(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
+    """The first weight that is not zero where its mask says so, on any rank, or None; every rank has to call it."""
+    found = [
+        name for name, mask in masks.items() if local(weights[name]).masked_fill(part(mask, weights[name]), 0).any()
+    ]
+    return next((names[0] for names in gathered(found) if names), None)

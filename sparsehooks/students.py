@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 Layers = int | Sequence[int]
 
 QUARTERS = {(12, 4): [0, 4, 8, 11]}
-"""The one published map that even spacing does not give (Shleifer and Rush 2020, arXiv:2010.13002)."""
+"""A published map that even spacing does not give (Shleifer and Rush 2020, arXiv:2010.13002)."""
 
 
 def keep_layers(model: M, layers: Layers | Mapping[str, Layers]) -> M:
@@ -30,9 +30,9 @@ def keep_layers(model: M, layers: Layers | Mapping[str, Layers]) -> M:
 
     Args:
         model: the teacher, or a model to train as a student of it; it stays as it is.
-        layers: the blocks to keep, as their indices in ascending order, or how many: a number takes evenly spaced
-            ones, the first and the last among them (of 12 blocks 6: 0, 2, 4, 7, 9, 11; of 6 blocks 3: 0, 2, 5). Of a
-            model with an encoder and a decoder, a mapping by the name of the list of blocks, such as
+        layers: the blocks to keep, as their indices from 0 in ascending order, or how many: a number takes evenly
+            spaced ones, the first and the last among them (of 12 blocks 6: 0, 2, 4, 7, 9, 11; of 6 blocks 3: 0, 2, 5).
+            Of a model with an encoder and a decoder, a mapping by the name of the list of blocks, such as
             ``{"decoder.block": 3}``; lists that it does not name stay whole.
 
     Raises:
@@ -71,7 +71,10 @@ def _indices(name: str, count: int, layers: Layers) -> list[int]:
             raise SparseHooksError(f"'{name}' has {count} blocks and cannot keep {layers}; keep 1 to {count}")
         even = [round(place * (count - 1) / max(layers - 1, 1)) for place in range(layers)]
         return QUARTERS.get((count, layers), even)
-    indices = [operator.index(index) for index in layers]
+    try:
+        indices = [operator.index(index) for index in layers]
+    except TypeError as error:
+        raise SparseHooksError(f"'{name}': {layers!r} is neither a number of blocks nor a list of indices") from error
     if not indices or indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < count:
         raise SparseHooksError(
             f"'{name}' cannot keep the blocks {indices}; name blocks of 0 to {count - 1}, ascending and each once"

@@ -102,7 +102,12 @@ class Teacher:
         asked = {name: self._cast(value) for name, value in given.items()} | self._outputs.ask()
         if "use_cache" in self._accepts:
             asked["use_cache"] = False
-        return self._outputs.complete(self.model(**asked))
+        try:
+            return self._outputs.complete(self.model(**asked))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise SessionError(
+                f"the teacher, a {type(self.model).__name__}, cannot answer the student's batch: {error}"
+            ) from error
 
     def _cast(self, value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -116,21 +121,31 @@ class Teacher:
 
 
 def frozen_copy(model: M, shared: Collection[str] = ()) -> M:
-    """A copy of the model as it is now.
+    """A copy of the model as it is now, without the hooks of others than transformers.
 
     Args:
         model: any.
         shared: names of parameters that are not copied: both models have their memory. None of a sharded model.
     """
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, dict) and key.endswith("hooks"):
+                memo[id(value)] = type(value)((at, hook) for at, hook in value.items() if _belongs(key, hook))
     for name, parameter in model.named_parameters():
         if name in shared:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    duplicate = cast(M, whole_copy(model)) if is_sharded(model) else copy.deepcopy(model, memo)
+    duplicate = cast(M, whole_copy(model, memo)) if is_sharded(model) else copy.deepcopy(model, memo)
     # Mixed precision binds ``forward`` on the instance; the copy's would still call the original.
     for attribute in ("forward", "_original_forward"):
         duplicate.__dict__.pop(attribute, None)
     return duplicate
+
+
+def _belongs(key: str, hook: Any) -> bool:
+    """Whether a copy takes a hook along: of forwards, those by which transformers records what layers return."""
+    home = str(getattr(hook, "__module__", ""))
+    return home.startswith("transformers.") if "forward" in key else not home.startswith("torch.distributed.")
 
 
 def share(teacher: nn.Module, student: nn.Module, names: Collection[str]) -> set[str]:

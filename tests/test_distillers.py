@@ -327,7 +327,8 @@ def test_contrastive_finds_the_sentence_among_the_batch(pooling):
 
 def test_a_sentence_alone_in_its_batch_teaches_nothing():
     one = {"hidden_states": [state[:1].requires_grad_() for state in states(2)]}
-    values = Contrastive().loss(one, {"hidden_states": [state[:1] for state in states(2, seed=1)]}, Batch({}), {})
+    with pytest.warns(UserWarning, match="a micro-batch of one sample teaches nothing"):
+        values = Contrastive().loss(one, {"hidden_states": [state[:1] for state in states(2, seed=1)]}, Batch({}), {})
     assert values.tolist() == [0.0]
 
 
@@ -791,5 +792,5 @@ def test_a_teacher_with_more_words_teaches_hidden_states_but_not_logits(tmp_path
     with pytest.raises(SessionError, match=r"got \(4, 3\) from the student and \(4, 5\) from the teacher"):
         losses([{**stage, "distill": "kl"}], model=model)
     BertModel(BertConfig(vocab_size=VOCABULARY - 9, **sizes)).save_pretrained(tmp_path / "less")
-    with pytest.raises(SessionError, match="knows 119 tokens and the student 128; take one with its tokenizer"):
+    with pytest.raises(SessionError, match=r"knows 119 tokens, and the batch holds token 12\d; take"):
         losses([{**stage, "teacher": str(tmp_path / "less")}])

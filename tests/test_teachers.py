@@ -149,10 +149,11 @@ def test_a_teacher_in_lower_precision(teacher, tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = batches(1)[0]
     recipe = distill("kl", teacher={"use": teacher, "dtype": "bfloat16"})
-    with sparsehooks.attach(model, optimizer, recipe, total_steps=1) as session, torch.no_grad():
+    with sparsehooks.attach(model.train(), optimizer, recipe, total_steps=1) as session:
         answer = teachers_of(session)[0](data)
         assert answer["logits"].dtype == torch.bfloat16
         assert torch.equal(answer["logits"], twin(**data).logits)
+        step(model, optimizer, data)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

@@ -77,11 +77,14 @@ def _after_forwards(whole: nn.Module, session: Session, then: Callable[[Any, dic
     signature = inspect.signature(model.forward)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-        if not trains(module):
+        if not trains(module) or not session.running:
             return outputs
-        if not isinstance(outputs, Mapping):
-            raise SessionError("distillation needs a model whose forward returns a mapping, as transformers models do")
-        return then(outputs, {**dict(zip(signature.parameters, args, strict=False)), **kwargs})
+        with session.aborting():
+            if not isinstance(outputs, Mapping):
+                raise SessionError(
+                    "distillation needs a model whose forward returns a mapping, as transformers models do"
+                )
+            return then(outputs, {**dict(zip(signature.parameters, args, strict=False)), **kwargs})
 
     handles = [*_ask_for_outputs(model, session), model.register_forward_hook(after, with_kwargs=True)]
     return [*handles, CalledWhole(model)] if is_wrapped(whole) else handles
@@ -95,7 +98,7 @@ def _ask_for_outputs(model: nn.Module, session: Session) -> list[Handle]:
     _let_sharded_record(model)
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        return (args, {**kwargs, **session.outputs.ask()}) if trains(module) else None
+        return (args, {**kwargs, **session.outputs.ask()}) if trains(module) and session.running else None
 
     return [model.register_forward_pre_hook(ask, with_kwargs=True)]
 

@@ -13,11 +13,11 @@ from torch import nn
 from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import add_loss_terms
+from sparsehooks.loops.steps import OptimizerSteps
 from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.session import KEY, Session
-from sparsehooks.sharding import local
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +32,7 @@ def attach(
     accelerator: Accelerator | None = None,
     plugins: Sequence[Any] | PluginManager = (),
     folder: str | Path | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[Session]:
     """Compress the model while an unchanged loop trains it.
 
@@ -48,6 +49,7 @@ def attach(
         accelerator: for prepared models; unwraps them.
         plugins: see ``PluginManager``.
         folder: where to keep what a resumed run needs of its start (a recipe with ``teacher = "self"``).
+        scaler: the gradient scaler of a loop in fp16; Accelerate's is known.
 
     Yields:
         the session.
@@ -75,58 +77,21 @@ def attach(
             session.start(model, inner, step, folder=None if folder is None else Path(folder), opened=opened)
         handles += add_loss_terms(whole, session)
         handles += _follow_checkpoints(session, inner, accelerator)
-        handles += _follow_steps(session, inner, getattr(accelerator, "scaler", None))
+        scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler
+        handles.append(OptimizerSteps(session, inner, scaler))
         reset_compiled(whole)
         with session.aborting():
             yield session
-            if session.step == 0 and not session.complete:
+            if session.step == 0 < total_steps:
                 raise SessionError(
-                    "the loop never called the optimizer that sparsehooks.attach was given, so no schedule has moved; "
-                    "give attach the one whose step() the loop calls"
+                    "the loop never called the optimizer that sparsehooks.attach was given, so nothing was done; give "
+                    "attach the one whose step() the loop calls"
                 )
             session.finish()
     finally:
         for handle in handles:
             handle.remove()
     arm_all(model, session)
-
-
-def _follow_steps(session: Session, optimizer: torch.optim.Optimizer, scaler: Any) -> list[Any]:
-    counts = True
-
-    def ready() -> None:
-        session.before_step(1.0 if scaler is None else scaler.get_scale())
-
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        nonlocal counts
-        # the optimizer is the first argument
-        closure = kwargs.get("closure") if len(args) < 2 else args[1]
-        counts = closure is not None or not _only_makes_state(optimizer)
-        if closure is None:
-            if counts:
-                ready()
-            return None
-
-        def closure_and_ready() -> Any:  # where a closure computes the gradients, once it has
-            loss = closure()
-            ready()
-            return loss
-
-        return args[:1], {**kwargs, "closure": closure_and_ready}
-
-    def after(*_: Any) -> None:
-        if counts:
-            session.after_step()
-
-    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-
-
-def _only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is the step, of no gradients at no rate, by which torch makes room for a distributed checkpoint."""
-    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        return False
-    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
-    return all(weight.grad is not None and not bool(local(weight.grad).any()) for weight in weights)
 
 
 def _follow_checkpoints(

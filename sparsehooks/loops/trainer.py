@@ -65,7 +65,10 @@ class CompressionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach: the model is prepared, and a checkpoint is loaded."""
-        self.detach()  # the Trainer begins again after it found a batch size that fits
+        start = None
+        if args.auto_find_batch_size and self.session is not None:  # it begins again, with smaller batches
+            start = self.session.start_of_run
+        self.detach()
         model, optimizer = unwrapped(kwargs["model"]), kwargs["optimizer"]
         refuse_deepspeed(model, "DEEPSPEED" if getattr(args, "deepspeed_plugin", None) else None)
         if (
@@ -90,6 +93,7 @@ class CompressionCallback(TrainerCallback):
                 state=self._beside_checkpoint(args, state, model),
                 folder=Path(args.output_dir or "."),
                 opened=opened,
+                start=start,
             )
             if session.learns and args.load_best_model_at_end and args.save_only_model:
                 raise SessionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,6 +56,8 @@ class Contrastive(Distiller):
     ) -> Tensor:
         """Shape (items,): the samples; where tokens are counted, each has the value of its sample."""
         ((ours, theirs),) = paired("contrastive", "hidden_states", student, teacher, "last", first=0)
+        if len(ours) == 1 and not torch.compiler.is_compiling():
+            warnings.warn("contrastive: a micro-batch of one sample teaches nothing; make them larger", stacklevel=2)
         embeddings = self._embedding(projected(ours, learned), batch)
         cosines = embeddings @ self._embedding(theirs, batch).t()
         right = torch.arange(len(cosines), device=cosines.device)

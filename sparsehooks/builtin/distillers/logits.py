@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsehooks import Batch, Distiller, SessionError
 from sparsehooks.builtin.distillers.divergence import divergence, hide
@@ -65,7 +65,28 @@ class DKDOptions(Options):
                 raise ValueError(f"'{key}' = {getattr(self, key)} is not a number of at least 0")
 
 
-class KL(Distiller):
+class OverClasses(Distiller):
+    """What all losses over logits refuse."""
+
+    def prepare(self, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Nothing to learn.
+
+        Raises:
+            SessionError: models whose outputs are no distributions over the same classes in the same order.
+        """
+        configs = [getattr(model, "config", None) for model in (student, teacher)]
+        if any(getattr(config, "problem_type", None) == "multi_label_classification" for config in configs):
+            raise SessionError("it compares distributions over classes, and the labels of a multi-label model are none")
+        ours, theirs = (getattr(config, "id2label", None) or {} for config in configs)
+        if ours != theirs and sorted(ours.values()) == sorted(theirs.values()):
+            raise SessionError(
+                f"the student names its classes {list(ours.values())} and the teacher {list(theirs.values())}; give "
+                "both one order"
+            )
+        return {}
+
+
+class KL(OverClasses):
     """``T^2 KL(teacher || student)`` over the last dimension of the logits (Hinton et al. 2015, arXiv:1503.02531)."""
 
     Config = Options
@@ -79,7 +100,7 @@ class KL(Distiller):
         return batch.items(divergence(theirs.log_softmax(-1), ours.log_softmax(-1)) * self.config.temperature**2)
 
 
-class ReverseKL(Distiller):
+class ReverseKL(OverClasses):
     """``T^2 KL(student || teacher)``: the student may leave out some answers (Gu et al. 2024, arXiv:2306.08543)."""
 
     Config = Options
@@ -93,7 +114,7 @@ class ReverseKL(Distiller):
         return batch.items(divergence(ours.log_softmax(-1), theirs.log_softmax(-1)) * self.config.temperature**2)
 
 
-class JSD(Distiller):
+class JSD(OverClasses):
     """``T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))`` with ``m = beta teacher + (1 - beta) student``.
 
     The generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD, arXiv:2306.13649, equation 1). It vanishes
@@ -119,7 +140,7 @@ class JSD(Distiller):
         return batch.items(values * self.config.temperature**2)
 
 
-class DKD(Distiller):
+class DKD(OverClasses):
     """Decoupled distillation: ``T^2 (alpha TCKD + beta NCKD)`` (Zhao et al. 2022, arXiv:2203.08679, equation 7).
 
     TCKD is the divergence of (target class, all others), NCKD that of the other classes among themselves. With the
@@ -152,11 +173,13 @@ def _logits(
     if student.get("logits") is None or teacher.get("logits") is None:
         raise SessionError(f"{name} compares logits, and the model returns none; use hidden for an encoder")
     ours, theirs = student["logits"].float(), teacher["logits"].float()
-    if ours.shape != theirs.shape or ours.shape[-1] < 2:
+    if ours.shape != theirs.shape:
         raise SessionError(
-            f"{name} needs logits of one shape over two or more classes, got {tuple(ours.shape)} from the student "
-            f"and {tuple(theirs.shape)} from the teacher; for another vocabulary use a loss over hidden states"
+            f"{name} needs logits of one shape, got {tuple(ours.shape)} from the student and {tuple(theirs.shape)} "
+            "from the teacher; for other classes or another vocabulary use a loss over hidden states"
         )
+    if ours.shape[-1] < 2:
+        raise SessionError(f"{name} compares distributions over classes, and the model gives one number; use hidden")
     return ours / temperature, theirs / temperature
 
 
