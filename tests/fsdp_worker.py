@@ -44,6 +44,7 @@ RECIPES = {
         {"prune": "movement", "sparsity": 0.7, "allocation": "global", "schedule": EVERY_TWO},
         {"distill": "hidden"},
         {"quantize": {"use": "lsq", "bits": 4}, "schedule": {"use": "oneshot", "start": 0.5}},
+        {"quantize": {"use": "lsq", "bits": 8}, "targets": ["Embedding"]},  # of the root's own weights
     ],
     "structured": [
         {"prune": "taylor", "pattern": "head", "sparsity": 0.5, "schedule": EVERY_TWO, "targets": ["*attention*"]},
@@ -103,6 +104,10 @@ def train(name, steps, folder, checkpoint=None):
                 model(**batch).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                model.eval()  # after which FSDP2 leaves the root's weights whole
+                with torch.no_grad():
+                    model(**batch)
+                model.train()
         if steps.stop < STEPS:
             state = get_state_dict(model, optimizer)
             checkpoints.save({"model": state[0], "optimizer": state[1]}, checkpoint_id=checkpoint)

@@ -329,11 +329,18 @@ def test_a_model_that_was_compiled_before_is_compressed_all_the_same(compiled, s
         assert torch.allclose(weight, twin.state_dict()[name], atol=1e-5), name
 
 
-def test_a_loop_that_never_calls_the_optimizer_is_an_error():
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        prune(schedule={"use": "oneshot", "start": 0.5}),
+        {"stage": [{"distill": "kl"}]},
+        {"stage": [{"regularize": {"use": "l1", "strength": 1e-3}}]},
+    ],
+)
+def test_a_loop_that_never_calls_the_optimizer_is_an_error(recipe):
     model = tiny_classifier()
     before = copied(model)
     optimizer, another = (torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2))
-    recipe = prune(schedule={"use": "oneshot", "start": 0.5})
     with (
         pytest.raises(SessionError, match="never called the optimizer"),
         sparsehooks.attach(model, optimizer, recipe, total_steps=8),
@@ -407,3 +414,53 @@ def test_a_module_around_a_transformers_model_is_compressed_and_what_is_in_it_sa
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
         assert set(config["pruned"]) == set(linear_weights(opened))
         assert sparsehooks.inspect(folder).ratio < 0.7
+
+
+LEARNS = {
+    "stage": [
+        {"prune": "movement", "sparsity": 0.5, "schedule": {"use": "linear", "every": 2}, "exclude": ["classifier"]},
+        {"distill": "kl"},
+        {
+            "quantize": {"use": "lsq", "bits": 6},
+            "schedule": {"use": "oneshot", "start": 0.5},
+            "exclude": ["classifier"],
+        },
+    ]
+}
+
+
+def scaled(scaler, overflows=(), told=True, steps=8):
+    """A loop in fp32 with a gradient scaler, or without one; the given steps overflow."""
+    model = tiny_classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"scaler": scaler} if told and scaler is not None else {}
+    with sparsehooks.attach(model.train(), optimizer, LEARNS, total_steps=steps, **options) as session:
+        for index, batch in enumerate(batches(steps)):
+            loss = model(**batch).loss
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                if index in overflows:
+                    model.classifier.weight.grad.fill_(float("inf"))
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        assert (session.step, session.sparsity) == (steps, 0.5)
+    return model
+
+
+def test_a_gradient_scaler_changes_nothing():
+    """It multiplies and divides by a power of two: also what the recipe learns beside the model."""
+    assert same_state(scaled(torch.amp.GradScaler("cpu", init_scale=2.0**12)), scaled(None))
+
+
+def test_a_step_that_the_scaler_skips_counts():
+    model = scaled(torch.amp.GradScaler("cpu", init_scale=2.0**12), overflows=(0, 7))
+    assert all(bool(weight.isfinite().all()) for weight in model.parameters())
+
+
+def test_a_gradient_scaler_that_is_not_named_is_an_error():
+    with pytest.raises(SessionError, match=r"give it to sparsehooks\.attach as scaler="):
+        scaled(torch.amp.GradScaler("cpu", init_scale=2.0**12), told=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 
@@ -185,6 +186,40 @@ def test_mixed_precision_leaves_the_teacher_exact():
         optimizer.step()
     with torch.no_grad():
         assert torch.equal(answers[0], twin(**data).logits)
+
+
+FORWARD = {"use": "linear", "every": 1}
+
+
+@pytest.mark.parametrize("criterion", ["movement", "soft_movement", "l0", "sr_ste"])
+def test_the_masks_of_the_student_are_not_those_of_its_teacher(criterion, tmp_path):
+    """Where masks act in the forward, fresh and resumed."""
+    model = tiny_classifier()
+    twin = copy.deepcopy(model).eval()
+    data = batches(4)
+    stage = {"prune": criterion, "schedule": FORWARD, "exclude": ["classifier"], "sparsity": 0.5}
+    if criterion == "sr_ste":
+        stage |= {"pattern": "2:4"}
+        del stage["sparsity"]
+    recipe = {"stage": [stage, {"distill": "kl"}]}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        with contextlib.suppress(BrokenOffError):  # the second time it is resumed
+            attached = sparsehooks.attach(model.train(), optimizer, recipe, total_steps=4, folder=tmp_path)
+            with attached as session:
+                for batch in data[session.step : session.step + 2]:
+                    step(model, optimizer, batch)
+                (teacher,) = teachers_of(session)
+                assert any(not mask.all() for mask in session.masks.masks.values())
+                with torch.no_grad():
+                    assert torch.equal(teacher(data[0])["logits"], twin(**data[0]).logits)
+                state = copy.deepcopy(optimizer.state_dict())
+                raise BrokenOffError
+        optimizer.load_state_dict(state)
+
+
+class BrokenOffError(Exception):
+    """A run breaks off."""
 
 
 # -------------------------------------------------------------------------------------------------------- memory

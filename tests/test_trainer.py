@@ -641,3 +641,69 @@ def test_a_failed_compress_leaves_no_layer_swapped_and_tells_the_plugins():
         sparsehooks.compress(model, {"stage": [{"quantize": "int8"}, *prune(prune="bad")["stage"]]}, plugins=[Plugin()])
     assert classes == [type(module) for module in model.modules()]
     assert heard == [(0.0, SessionError)]
+
+
+def test_a_run_that_begins_again_with_smaller_batches_keeps_its_teacher(tmp_path):
+    class Full(Ordered):
+        full = True
+
+        def training_step(self, *args, **kwargs):
+            if self.full:
+                self.full = False
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    model = tiny_classifier()
+    before = copied(model)
+    trainer = Full(
+        model=model, args=arguments(tmp_path, auto_find_batch_size=True, max_steps=3), train_dataset=labelled()
+    )
+    callback = CompressionCallback(
+        {"stage": [*prune(0.5, schedule="oneshot")["stage"], {"distill": "kl"}, {"distill": "hidden"}]}
+    )
+    trainer.add_callback(callback)
+    starts = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            (teacher,) = callback.session._distillation._teachers.values()
+            starts.append(same_state(teacher.model, before))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert starts == [True, True]
+
+
+def test_a_second_callback_on_a_resumed_run_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    recipe = prune(0.5)
+
+    def trainer(callbacks):
+        made = Ordered(model=tiny_classifier(), args=arguments(tmp_path, **options), train_dataset=labelled())
+        for _ in range(callbacks):
+            made.callback_handler.callbacks.append(CompressionCallback(recipe))
+        return made
+
+    trainer(1).train()
+    with pytest.raises(SessionError, match="another run of sparsehooks is attached"):
+        trainer(2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_what_is_refused_in_a_forward_leaves_nothing_behind(tmp_path):
+    """Under the callback alone; the next Trainer trains as if there had been no run."""
+    rows = [{key: value for key, value in row.items() if key != "labels"} for row in labelled()]
+
+    def losses(model, folder):
+        trainer = Ordered(model=model, args=arguments(folder, logging_steps=1, max_steps=3), train_dataset=labelled())
+        trainer.train()
+        return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+
+    tiny_classifier(seed=5).save_pretrained(tmp_path / "teacher")
+    recipe = {"stage": [{"distill": use, "teacher": str(tmp_path / "teacher")} for use in ("dkd", "attention")]}
+    model = tiny_classifier()
+    trainer = Ordered(model=model, args=arguments(tmp_path / "refused"), train_dataset=rows)
+    trainer.add_callback(CompressionCallback(recipe))
+    with pytest.raises(SessionError, match="dkd needs a class label"):
+        trainer.train()
+    assert model.config._attn_implementation == "sdpa"
+    assert losses(model, tmp_path / "next") == losses(tiny_classifier(), tmp_path / "plain")
