@@ -25,7 +25,8 @@ def _own_modules(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch):
-    """No plugin settings of the machine that runs the tests."""
+def _own_environment(monkeypatch, tmp_path_factory):
+    """No plugin settings of the machine that runs the tests, nor what it has measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     for name in ("SPARSEHOOKS_PLUGINS", "SPARSEHOOKS_DISABLE_PLUGIN_AUTOLOAD"):
         monkeypatch.delenv(name, raising=False)
