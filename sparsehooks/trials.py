@@ -125,7 +125,7 @@ class Trial:
                 self._reasons[key] = (
                     "the example does not reach the layer"
                     if best is None
-                    else f"others are faster; it is at most {best:.2f} times as fast as torch"
+                    else f"it is not the fastest, at best {best:.2f} times as fast as torch"
                 )
         return self._settle(lanes, speeds)
 

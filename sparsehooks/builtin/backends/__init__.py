@@ -10,6 +10,7 @@ def register_components(registry: Registry) -> None:
     """Offer them."""
     for name, target, summary in (
         ("dense", "dense:Dense", "torch, with the dense weight"),
+        ("dense_packed", "dense_packed:DensePacked", "oneDNN, with the dense weight as its kernels read it, on CPUs"),
         ("int8", "int8:Int8", "products of int8 weights and inputs rounded to 8 bits, on CPUs"),
     ):
         registry.add(Component("backend", name, f"sparsehooks.builtin.backends.{target}", summary))
