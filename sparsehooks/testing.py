@@ -675,14 +675,16 @@ def _check_runs(backend: Backend, packed: Any, layer: nn.Linear, *, exact: bool)
             assert found.shape == expected.shape, f"run() of {what} must have the shape {tuple(expected.shape)}"
             assert found.dtype == inputs.dtype, f"run() must keep the dtype of its inputs, got {found.dtype}"
             message = f"run() must keep the outputs of {what}"
+            if not inputs.numel():
+                continue
             if exact:
-                torch.testing.assert_close(found, expected, msg=message)
-            elif inputs.numel():
+                bound = 4 * torch.finfo(found.dtype).eps * expected.abs().max()
+            elif backend.rounds_inputs:
+                step = (inputs.max().clamp(min=0) - inputs.min().clamp(max=0)) / 127
+                bound = step * layer.weight.abs().sum(dim=1)  # a step of 7 bits, everywhere
+            else:
                 bound = inputs.abs() @ layer.weight.abs().t() / 128  # 8 bits of a mantissa, as bfloat16 has
-                if backend.rounds_inputs:
-                    step = (inputs.max().clamp(min=0) - inputs.min().clamp(max=0)) / 127
-                    bound = step * layer.weight.abs().sum(dim=1)  # a step of 7 bits, everywhere
-                assert bool(((found - expected).abs() <= bound).all()), message
+            assert bool(((found - expected).abs() <= bound).all()), message
 
 
 # --------------------------------------------------------------------------------------------- other programs
