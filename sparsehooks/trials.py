@@ -122,12 +122,8 @@ class Trial:
         lanes = fastest(speeds)
         for key in usable:
             if not any(lane.backend == key for lane in lanes):
-                best = max((found[key] for found in speeds.values()), default=None)
-                self._reasons[key] = (
-                    "the example does not reach the layer"
-                    if best is None
-                    else f"it is not the fastest, at best {best:.2f} times as fast as torch"
-                )
+                why = f"it is nowhere the fastest, or not {MARGIN:g} times as fast as torch"
+                self._reasons[key] = why if counts else "the example does not reach the layer"
         return self._settle(lanes, speeds)
 
     def _usable(self) -> list[str]:
