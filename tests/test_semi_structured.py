@@ -90,10 +90,9 @@ class Emulated:
             monkeypatch.setattr(torch, name, getattr(self, name))
         monkeypatch.setattr(torch, "_sparse_semi_structured_mm", self._mm)
         monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", self._addmm)
-        cpu = torch.device("cpu")
-        monkeypatch.setattr(semi_structured, "_unable", lambda device, real=semi_structured._unable: real(GPU))
+        monkeypatch.setattr(semi_structured, "_unable", lambda _, real=semi_structured._unable: real(GPU))
         semi_structured._failure.cache_clear()
-        self.device = cpu
+        self.device = torch.device("cpu")
 
     def _cslt_compress(self, weight):
         multiple = 32 if weight.dtype == torch.int8 else 16
@@ -102,12 +101,16 @@ class Emulated:
         assert not torch.signbit(weight[weight == 0]).any(), "-0.0 was seen to give garbage"
         return weight
 
-    def _cslt_sparse_mm(self, packed, columns, bias=None, out_dtype=None, alg_id=0):
+    def _cslt_sparse_mm(self, packed, columns, bias=None, out_dtype=None, transpose_result=False, alg_id=0):
         assert not columns.shape[1] % (16 if packed.dtype == torch.int8 else 8)
         self.algorithms.append(alg_id)
-        return self._dense(packed, columns, bias, out_dtype)
+        found = self._dense(packed, columns, bias, out_dtype)
+        return found.t().contiguous() if transpose_result else found
 
-    def _cslt_sparse_mm_search(self, packed, columns, bias=None, out_dtype=None):
+    def _cslt_sparse_mm_search(self, packed, columns, bias=None, out_dtype=None, transpose_result=False):
+        assert transpose_result
+        assert columns.shape[0] == packed.shape[1]
+        assert not columns.shape[1] % (16 if packed.dtype == torch.int8 else 8)
         self.searched += 1
         return 7
 
@@ -172,6 +175,7 @@ def test_int8_is_exact_in_whole_numbers(monkeypatch, library):
     assert torch.equal(backend.run(backend.pack(layer), inputs), layer(inputs))
     inputs[1, 2] = 0
     assert torch.equal(backend.run(backend.pack(layer), inputs)[1, 2], layer.bias)
+    assert backend.run(backend.pack(layer), inputs[:0]).shape == (0, 5, 24)
     assert Steps(8).most == 127
 
 
@@ -214,7 +218,7 @@ def test_a_library_that_fails_at_its_first_use_is_a_reason(monkeypatch):
         assert support.reason == "cuSPARSELt does not work here: cuSPARSELt initialization failed"
     assert len(calls) == 1, "one failure is enough"
     Emulated(monkeypatch)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, columns, **_: packed @ columns + 1)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, columns, **_: (packed @ columns).t() + 1)
     support = SemiStructured().supports(layer_of(weight), emulated.device)
     assert support.reason == "cuSPARSELt gives wrong numbers here"
     semi_structured._failure.cache_clear()

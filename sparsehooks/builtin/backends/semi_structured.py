@@ -82,8 +82,9 @@ class SemiStructured(Backend):
         bias = None
         if layer.bias is not None:
             height, _, _ = packed.library.multiples(layer.bias.dtype)
-            bias = F.pad(layer.bias.detach(), (0, _padding(len(layer.bias), height)))
-        return _tuned(packed._replace(bias=bias), layer.in_features)
+            bias = _padded(layer.bias.detach()[:, None], height, 1).flatten()
+        typical = layer.weight.new_zeros(TYPICAL, layer.in_features)
+        return tuned(packed._replace(bias=bias), typical)
 
     def run(self, packed: Packed, input: Tensor) -> Tensor:  # noqa: A002
         """Half of the products."""
@@ -113,7 +114,8 @@ class SemiStructuredInt8(Backend):
         codes = (layer.weight.detach().float() / grid["scales"]).round().to(torch.int8)
         scales = grid["scales"].float().flatten().expand(len(codes)).contiguous()
         bias = None if layer.bias is None else layer.bias.detach().float()
-        return _tuned(_pack(codes, _library()), layer.in_features), scales, bias
+        typical = codes.new_zeros(TYPICAL, layer.in_features)
+        return tuned(_pack(codes, _library()), typical), scales, bias
 
     def run(self, packed: tuple[Packed, Tensor, Tensor | None], input: Tensor) -> Tensor:  # noqa: A002
         """Whole products, scaled once."""
@@ -163,55 +165,51 @@ def _failure(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{_library().name} does not work here: {error}".splitlines()[0]
 
 
-def _padding(size: int, multiple: int) -> int:
-    return -size % multiple
-
-
 def _pack(weight: Tensor, library: Library) -> Packed:
     height, width, _ = library.multiples(weight.dtype)
-    rows, columns = weight.shape
-    weight = torch.where(weight != 0, weight, 0)  # a negative zero is none to the kernels
-    weight = F.pad(weight, (0, _padding(columns, width), 0, _padding(rows, height)))
+    rows = len(weight)
+    weight = _padded(torch.where(weight != 0, weight, 0), height, width)  # a negative zero was seen to give garbage
     if library is CUSPARSELT:
         return Packed(library, torch._cslt_compress(weight), None, rows)
     values, positions = pack(weight)
     return Packed(library, values, cutlass_order(positions, weight.dtype), rows)
 
 
+def _padded(matrix: Tensor, height: int, width: int) -> Tensor:
+    """With zeros, to multiples."""
+    rows, columns = -matrix.shape[0] % height, -matrix.shape[1] % width
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
 def _multiply(packed: Packed, rows: Tensor) -> Tensor:
-    """Shape (tokens, outputs); of int8 in int32."""
-    if not len(rows):
-        return rows.new_zeros(0, packed.outputs, dtype=torch.int32 if rows.dtype == torch.int8 else rows.dtype)
-    found = _product(packed, _padded(packed.library, rows).t())
-    return found[: packed.outputs, : len(rows)].t().contiguous()
-
-
-def _padded(library: Library, rows: Tensor) -> Tensor:
-    _, width, tokens = library.multiples(rows.dtype)
-    return F.pad(rows, (0, _padding(rows.shape[1], width), 0, _padding(len(rows), tokens)))
-
-
-def _product(packed: Packed, columns: Tensor) -> Tensor:
-    """Shape (padded outputs, padded tokens)."""
-    values, bias, kind = packed.values, packed.bias, _kind(columns.dtype)
+    """Shape (tokens, outputs), in int32 if the rows are int8."""
+    tokens, values, bias, kind = len(rows), packed.values, packed.bias, _kind(rows.dtype)
+    if not tokens:
+        return rows.new_zeros(0, packed.outputs, dtype=kind.get("out_dtype"))
+    _, width, height = packed.library.multiples(rows.dtype)
+    columns = _padded(rows, height, width).t()
     if packed.positions is None:
-        return torch._cslt_sparse_mm(values, columns, bias=bias, alg_id=packed.algorithm, **kind)
-    if bias is None:
-        return torch._sparse_semi_structured_mm(values, packed.positions, columns, **kind)
-    return torch._sparse_semi_structured_addmm(bias, values, packed.positions, columns, **kind)
+        kind |= {"transpose_result": True, "alg_id": packed.algorithm}
+        found = torch._cslt_sparse_mm(values, columns, bias=bias, **kind)
+    elif bias is None:
+        found = torch._sparse_semi_structured_mm(values, packed.positions, columns, **kind).t()
+    else:
+        found = torch._sparse_semi_structured_addmm(bias, values, packed.positions, columns, **kind).t()
+    return found[:tokens, : packed.outputs].contiguous()
 
 
 def _kind(dtype: torch.dtype) -> dict[str, Any]:
     return {"out_dtype": torch.int32} if dtype == torch.int8 else {}
 
 
-def _tuned(packed: Packed, features: int) -> Packed:
-    """With cuSPARSELt's fastest algorithm for a typical batch, if it can tell."""
+def tuned(packed: Packed, rows: Tensor) -> Packed:
+    """With cuSPARSELt's fastest algorithm for inputs like these, if it can tell."""
     if packed.positions is not None:
         return packed
-    values, bias = packed.values, packed.bias
-    columns = _padded(packed.library, values.new_zeros(TYPICAL, features)).t()
+    _, width, height = packed.library.multiples(rows.dtype)
+    kind = {**_kind(rows.dtype), "transpose_result": True}
     with contextlib.suppress(RuntimeError, AttributeError):
-        best = torch._cslt_sparse_mm_search(values, columns, bias=bias, **_kind(values.dtype))
+        columns = _padded(rows, height, width).t()
+        best = torch._cslt_sparse_mm_search(packed.values, columns, bias=packed.bias, **kind)
         return packed._replace(algorithm=int(best))
     return packed
