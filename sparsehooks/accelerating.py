@@ -108,15 +108,23 @@ def judge(
     counts = None if backend != AUTO else _counts(model, layers, example)
     verdicts = Verdicts()
     for name, layer in layers.items():
-        trial = Trial(name, layer, candidates, speeds, timed=counts is not None)
+        parents = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]
+        trial = Trial(name, layer, candidates, speeds, timed=counts is not None, unfit=_nested(parents))
         verdicts[name] = trial.named() if counts is None else trial.timed(counts[name])
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        if isinstance(parents[-1], nn.TransformerEncoderLayer):
             be_called(layer)
     speeds.save()
     if backend != AUTO and len(verdicts.stays) == len(layers):
         name, reasons = next(iter(verdicts.stays.items()))
         raise PlanError([f"'{backend}' can run none of the {len(layers)} layers; '{name}': {reasons[backend]}"])
     return verdicts
+
+
+def _nested(parents: Sequence[nn.Module]) -> str | None:
+    """Why a layer of torch's own encoder cannot change: of padded inputs that makes nested tensors, and reads weights."""
+    if any(isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor for parent in parents):
+        return "nn.TransformerEncoder may read its weight and not call it; build it with enable_nested_tensor=False"
+    return None
 
 
 def _candidates(catalog: Catalog, backend: str) -> dict[str, Candidate]:

@@ -71,16 +71,24 @@ class Trial:
         candidates: the backends by name.
         speeds: what is known, and remembers.
         timed: whether backends that round are left out where the model does not round.
+        unfit: why none may run it, if that is known.
     """
 
     @torch.no_grad()
     def __init__(
-        self, name: str, layer: nn.Module, candidates: Mapping[str, Candidate], speeds: Speeds, *, timed: bool
+        self,
+        name: str,
+        layer: nn.Module,
+        candidates: Mapping[str, Candidate],
+        speeds: Speeds,
+        *,
+        timed: bool,
+        unfit: str | None = None,
     ) -> None:
         self._layer: Any = layer
         self._candidates, self._speeds = candidates, speeds
         self._reasons: dict[str, str] = {}
-        unfit = _unfit(layer)
+        unfit = unfit or _unfit(layer)
         self._weight = cast(Tensor, layer.weight)
         self._sparsity = 0.0 if unfit else 1 - int(self._weight.count_nonzero()) / self._weight.numel()
         site = vars(layer).get("_sparsehooks_site")
