@@ -121,7 +121,7 @@ def judge(
 
 
 def _nested(parents: Sequence[nn.Module]) -> str | None:
-    """Why a layer of torch's own encoder stays: of padded inputs it makes nested tensors, for which it reads weights."""
+    """Why a layer of torch's own encoder stays: that makes nested tensors of padded inputs, and then reads weights."""
     if any(isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor for parent in parents):
         return "nn.TransformerEncoder may read its weight and not call it; build it with enable_nested_tensor=False"
     return None

@@ -42,7 +42,7 @@ class Verdict:
     """Who runs a layer, and why.
 
     Attributes:
-        shape: of the weight, (outputs, inputs).
+        shape: of the weight, (outputs, inputs) of a Linear.
         dtype: of the weight.
         sparsity: the share of zeros in it.
         lanes: (most, backend): who runs inputs of up to so many tokens, in ascending order; None is torch.
@@ -50,7 +50,7 @@ class Verdict:
         reasons: why others do not run the layer, by the name of the backend.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     sparsity: float
     lanes: tuple[Lane, ...] = ()
@@ -64,6 +64,8 @@ class Verdict:
 
 class Trial:
     """A layer, and the backends that may run it.
+
+    Compares their outputs with torch's at once; ``named`` or ``timed`` then says who runs the layer.
 
     Args:
         name: of the layer.
@@ -95,10 +97,10 @@ class Trial:
         self._site = "" if site is None else site.use
         rounds = site is not None and site.component.rounds
         supports: dict[str, Support] = {}
+        if unfit is not None:
+            self._reasons = dict.fromkeys(candidates, unfit)
+            return
         for key, (_, backend) in candidates.items():
-            if unfit is not None:
-                self._reasons[key] = unfit
-                continue
             with self._failing(key):
                 supports[key] = backend.supports(bare(layer), self._weight.device)
                 if not supports[key].ok:
@@ -194,9 +196,8 @@ class Trial:
             self._engine.settle(lanes)
         else:
             unswap(self._layer)
-        rows, columns = self._weight.shape
         dtype = str(self._weight.dtype).removeprefix("torch.")
-        return Verdict((rows, columns), dtype, self._sparsity, tuple(lanes), speeds, self._reasons)
+        return Verdict(tuple(self._weight.shape), dtype, self._sparsity, tuple(lanes), speeds, self._reasons)
 
 
 def fastest(speeds: Mapping[int, Mapping[str, float]]) -> list[Lane]:

@@ -263,17 +263,20 @@ def test_layers_that_are_no_plain_ones_stay():
             "offloaded": nn.Linear(8, 8),
             "meta": nn.Linear(8, 8, device="meta"),
             "attention": nn.MultiheadAttention(8, 2),
+            "image": nn.Conv2d(3, 8, 2),
             "fine": nn.Linear(8, 8),
         }
     )
     model["empty"].weight = nn.Parameter(torch.empty(0, 8))
     model["offloaded"].forward = lambda inputs: inputs
-    stays = accelerate_model(model, "plain", plugins=offering(plain=Plain)).stays
-    assert stays == {
+    verdicts = accelerate_model(model, "plain", targets=["Linear", "Conv2d"], plugins=offering(plain=Plain))
+    assert verdicts["image"].shape == (8, 3, 2, 2)
+    assert verdicts.stays == {
         "mine": {"plain": "it is a Mine, not a Linear"},
         "empty": {"plain": "its weight of shape (0, 8) is empty"},
         "offloaded": {"plain": "it has a forward of its own (offloading does this)"},
         "meta": {"plain": "its weight is not loaded"},
+        "image": {"plain": "it is a Conv2d, not a Linear"},
         "attention.out_proj": {"plain": "it is a NonDynamicallyQuantizableLinear, not a Linear"},
     }
 

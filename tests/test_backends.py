@@ -137,7 +137,7 @@ def test_torchs_own_encoder_of_several_layers(nested):
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
     before = model(inputs, src_key_padding_mask=padding).detach()
     if nested:  # padded inputs become nested tensors, which only the reading of weights understands
-        with pytest.raises(PlanError, match="may read its weight .*; build it with enable_nested_tensor=Fa"):
+        with pytest.raises(PlanError, match="; build it with enable_nested_tensor=False"):
             accelerate_model(model, "dense_packed")
     else:
         assert len(accelerate_model(model, "dense_packed").stays) == 2, "the output projections of attention"
