@@ -109,21 +109,20 @@ class Accelerated:
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
         layer: Any = self
+        engine, features = self._sparsehooks_engine, layer.in_features
+        backend = choose(engine.lanes, input.numel() // features)
+        # torch also says what is wrong with inputs that do not fit
+        if backend is None or not input.dim() or input.shape[-1] != features:
+            return super().forward(input)  # type: ignore[misc,no-any-return]
         found: Tensor
-        engine = self._sparsehooks_engine
-        backend = None
-        if input.dim() and input.shape[-1] == layer.in_features:  # of others, torch says what is wrong with them
-            backend = choose(engine.lanes, input.numel() // layer.in_features)
-        if backend is None:
-            found = super().forward(input)  # type: ignore[misc]
-        elif torch.compiler.is_compiling():  # to the compiler, every backend is one operation
+        if torch.compiler.is_compiling():  # to the compiler, every backend is one operation
             found = _run(input.detach(), engine.key, backend, layer.out_features)
-        elif torch.is_grad_enabled():
+        elif not torch.is_grad_enabled():
+            return engine.run(backend, input)
+        else:
             with torch.no_grad():
                 found = engine.run(backend, input)
-        else:
-            return engine.run(backend, input)
-        if backend is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             asking = [t for t in (input, layer.weight, layer.bias) if t is not None and t.requires_grad]
             if asking:
                 found = _NoGradient.apply(found, engine.name, *asking)  # type: ignore[no-untyped-call]
