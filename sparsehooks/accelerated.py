@@ -201,7 +201,7 @@ def _stamp(tensor: Tensor) -> tuple[int, int]:
 
 @torch.library.custom_op("sparsehooks::run", mutates_args=())
 def _run(inputs: Tensor, key: int, backend: str, features: int) -> Tensor:  # noqa: ARG001 - the fake one needs it
-    return _ENGINES[key].run(backend, inputs)
+    return _ENGINES[key].run(backend, inputs).contiguous()  # as the fake one says
 
 
 @_run.register_fake
