@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
-from sparsehooks import attach, compress, use_backend
+from sparsehooks import accelerate_model, attach, compress
 from sparsehooks.batches import Batches, measuring
 from sparsehooks.builtin.quantizers.kmeans import KMeans, Options
 from sparsehooks.collecting import Collector
@@ -74,7 +74,7 @@ def accuracy(model, tokenizer, data, split, draws):
                 break
         add(table, name, scores, statistics.median(times))
         if name == "int8 weights, inputs per token":
-            use_backend(small, "int8", exclude=EXCLUDE)
+            accelerate_model(small, "int8", exclude=EXCLUDE)
             add(table, "the same, run by the int8 backend", [spearman(small, tokenizer, pairs)], 0.0)
     console.print(table)
 
@@ -115,7 +115,7 @@ def speed(model):
     """fp32 against the int8 backend, alternating, one thread."""
     torch.set_num_threads(1)
     small = quantized(model, [INT8], None)[0]
-    use_backend(small, "int8", exclude=EXCLUDE)
+    accelerate_model(small, "int8", exclude=EXCLUDE)
     table = Table("batch", "fp32 ms", "int8 ms", "times faster", title="medians of 30, one thread")
     for size in (1, 8):
         batch = {"input_ids": torch.randint(1000, 30000, (size, 128))}

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 from sparsehooks.artifact.register import register
 
 if TYPE_CHECKING:
+    from sparsehooks.accelerating import (
+        Verdicts as Verdicts,
+        accelerate_model as accelerate_model,
+        restore_model as restore_model,
+    )
     from sparsehooks.artifact.access import load_state_dict as load_state_dict, safe_open as safe_open
     from sparsehooks.artifact.convert import convert as convert
     from sparsehooks.artifact.export import export as export
     from sparsehooks.artifact.folder import decompress as decompress, inspect as inspect, verify as verify
     from sparsehooks.artifact.write import save_pretrained as save_pretrained
-    from sparsehooks.backends import use_backend as use_backend
     from sparsehooks.catalog import Component as Component, Registry as Registry
     from sparsehooks.components import (
         Activation as Activation,
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
     from sparsehooks.session import Session as Session
     from sparsehooks.students import keep_layers as keep_layers
     from sparsehooks.targets import Target as Target
+    from sparsehooks.trials import Verdict as Verdict
     from sparsehooks.views import (
         Batch as Batch,
         Layout as Layout,
@@ -100,12 +105,12 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "accelerating": "Verdicts accelerate_model restore_model",
     "artifact.access": "load_state_dict safe_open",
     "artifact.convert": "convert",
     "artifact.export": "export",
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
-    "backends": "use_backend",
     "catalog": "Component Registry",
     "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Exporter Moment Need Pattern "
     "Quantizer Regularizer Schedule Solver Support Window check_moment",
@@ -129,6 +134,7 @@ _HOME = {
     "session": "Session",
     "students": "keep_layers",
     "targets": "Target",
+    "trials": "Verdict",
     "views": "Batch Layout SessionView WeightView",
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -20,22 +20,23 @@ class Batches:
     Args:
         model: on its device.
         batches: mappings (keyword arguments of the forward), sequences (positional ones) or tensors.
+        what: they are, for messages.
 
     Raises:
         PlanError: for what is no batches, in a sentence.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, batches: Iterable[Any], what: str = "calibration") -> None:
+        self.model, self._what = model, what
         device = next(model.parameters()).device
         if isinstance(batches, (str, bytes, Path, Mapping, Tensor)) or not isinstance(batches, Iterable):
-            raise PlanError([f"calibration: got a {type(batches).__name__}; give a list of batches, dicts of tensors"])
+            raise PlanError([f"{what}: got a {type(batches).__name__}; give a list of batches, dicts of tensors"])
         self._batches = [_moved(batch, device) for batch in batches]
         if not self._batches:
-            raise PlanError(["calibration: there is no batch in it; give an iterable of dicts of tensors"])
+            raise PlanError([f"{what}: there is no batch in it; give an iterable of dicts of tensors"])
         for index, batch in enumerate(self._batches):
             if (why := _unfit(batch)) is not None:
-                raise PlanError([f"calibration: batch {index} {why}"])
+                raise PlanError([f"{what}: batch {index} {why}"])
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -48,7 +49,7 @@ class Batches:
                 return self.model(**batch)
             return self.model(*batch) if isinstance(batch, (list, tuple)) else self.model(batch)
         except TypeError as error:
-            raise SessionError(f"calibration: batch {index} does not fit the model's forward: {error}") from error
+            raise SessionError(f"{self._what}: batch {index} does not fit the model's forward: {error}") from error
 
     def run(self) -> None:
         """Run the model on all, in evaluation mode and without gradients."""

@@ -630,31 +630,59 @@ class Codec(ComponentBase):
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a backend can run a layer, and if not, why."""
+    """Whether a backend can run a layer.
+
+    Attributes:
+        ok: whether it can.
+        reason: why not.
+        exact: whether the outputs differ from those of torch's layer by the order of sums only.
+    """
 
     ok: bool
     reason: str = ""
+    exact: bool = True
 
 
 class Backend(ComponentBase):
     """What runs a layer?
 
+    The layer keeps its dense weight; a backend makes of it what its kernel reads, once, and computes with that. It is
+    asked about plain ``nn.Linear`` layers with a weight that is not empty.
+
     Attributes:
-        rounds_inputs: whether it puts what enters a layer on an int8 grid, fitted while the layer runs.
+        rounds_inputs: whether it puts what enters a layer on an int8 grid, fitted while the layer runs; it then takes
+            the place of a grid that the model has there.
     """
 
     kind = "backend"
     rounds_inputs: ClassVar[bool] = False
 
     @abstractmethod
-    def supports(self, layer: nn.Module, device: torch.device) -> Support:
-        """Yes, or no with a reason."""
+    def supports(self, layer: nn.Linear, device: torch.device) -> Support:
+        """Yes, or no with a reason: its device, dtype or shape, the CPU, or weights that are off a pattern or a grid.
+
+        Args:
+            layer: ``weight`` has the shape (out_features, in_features), ``bias`` may be None.
+            device: where the layer is.
+        """
 
     @abstractmethod
-    def convert(self, layer: nn.Module) -> nn.Module:
-        """A layer with the same outputs (but for what rounding the inputs does) that this backend runs.
+    def pack(self, layer: nn.Linear) -> Any:
+        """What ``run`` needs, bias included: a tuple of tensors, or of torch's own objects where a kernel takes those.
 
-        Called only where ``supports`` says yes. For inference only.
+        Called only where ``supports`` says yes, without gradients; the layer stays as it is.
+        """
+
+    @abstractmethod
+    def run(self, packed: Any, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
+        """The layer's outputs; called without gradients.
+
+        Args:
+            packed: what ``pack`` gave.
+            input: shape (..., in_features); it may be empty, and need not be contiguous.
+
+        Returns:
+            shape (..., out_features), in the input's dtype, no view of the input.
         """
 
 

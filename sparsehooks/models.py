@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
+from sparsehooks.accelerating import restore_model
 from sparsehooks.errors import SparseHooksError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -31,7 +32,9 @@ def open_model(name: str | Path) -> tuple[PreTrainedModel, Path]:
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"]))
-        return architecture_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder), folder
+        model = architecture_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+        restore_model(model)  # it is opened to be worked on, not to run
+        return model, folder
 
 
 def open_skeleton(name: str | Path) -> PreTrainedModel:

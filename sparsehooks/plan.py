@@ -116,7 +116,7 @@ class Plan:
             PlanError: all problems together.
         """
         problems = require(recipe.requires)
-        problems += _foreign(model)
+        problems += _foreign(model) + _accelerated(model)
         stages = []
         for index, stage in enumerate(recipe.stages):
             planned = _bind(index, stage, manager, problems)
@@ -144,6 +144,15 @@ def _foreign(model: nn.Module | None) -> list[str]:
     if config is None or name == "sparsehooks":
         return []
     return [f"the model is already quantized by '{name}'; start from the one it was made of"]
+
+
+def _accelerated(model: nn.Module | None) -> list[str]:
+    """Whether a backend runs one of its layers, for inference only."""
+    from sparsehooks.accelerated import Accelerated
+
+    layers = () if model is None else model.named_modules()
+    name = next((name for name, layer in layers if isinstance(layer, Accelerated)), None)
+    return [] if name is None else [f"a backend runs '{name}'; call sparsehooks.restore_model(model) first"]
 
 
 KEYS = {

@@ -640,23 +640,56 @@ def _check_backend(component: ComponentBase) -> None:
     from torch import nn
 
     backend = cast(Backend, component)
-    layer = nn.Linear(64, 32)
-    with torch.no_grad():
-        layer.weight.copy_(_normal(32, 64).mul_(40).round_().clamp_(-127, 127) / 64 * (torch.arange(64) % 4 < 2))
-        layer.bias.copy_(_normal(32, seed=1))
-    inputs = _normal(8, 64, seed=2)
-    expected = layer(inputs)
-    support = backend.supports(layer, torch.device("cpu"))
-    assert isinstance(support, Support), f"supports() must return a Support, got {support!r}"
-    assert support.ok or support.reason, "supports() must give the reason for a no"
-    if not support.ok:
-        return
-    converted, message = backend.convert(layer), "convert() must keep the outputs"
-    if not backend.rounds_inputs:
-        torch.testing.assert_close(converted(inputs), expected, msg=message)
-    else:
-        half = (inputs.max() - inputs.min()) / 127 * layer.weight.abs().sum(dim=1)  # of a step of 7 bits, everywhere
-        assert bool(((converted(inputs) - expected).abs() <= half).all()), message
+    for dtype, bias in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        layer = nn.Linear(64, 32, bias=bias, dtype=dtype)
+        with torch.no_grad():
+            layer.weight.copy_(_normal(32, 64).mul_(40).round_().clamp_(-127, 127) / 64 * (torch.arange(64) % 4 < 2))
+            layer.weight[5] = 0
+            if bias:
+                layer.bias.copy_(_normal(32, seed=1))
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        support = backend.supports(layer, torch.device("cpu"))
+        assert isinstance(support, Support), f"supports() must return a Support, got {support!r}"
+        assert support.ok or support.reason, "supports() must give the reason for a no"
+        if support.ok:
+            with torch.no_grad():
+                packed = backend.pack(layer)
+            _check_runs(backend, packed, layer, exact=support.exact)
+        assert _equal(before, layer.state_dict()), "supports(), pack() and run() must leave the layer as it is"
+
+
+def _check_runs(backend: Backend, packed: Any, layer: nn.Linear, *, exact: bool) -> None:
+    import torch
+
+    tokens = _normal(3, 8, 64, seed=2, dtype=layer.weight.dtype)
+    given = {
+        "tokens": tokens[0],
+        "a batch": tokens,
+        "a token": tokens[0, :1],
+        "a vector": tokens[0, 0],
+        "an empty batch": tokens[:0],
+        "tokens that are not contiguous": tokens.transpose(0, 1),
+        "features that are not contiguous": tokens[0, :, :1].expand(8, 64),
+    }
+    for what, inputs in given.items():
+        before = inputs.clone()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                expected, found = layer(inputs), backend.run(packed, inputs)
+            assert _same(before, inputs), "run() must leave its inputs as they are"
+            assert found.shape == expected.shape, f"run() of {what} must have the shape {tuple(expected.shape)}"
+            assert found.dtype == inputs.dtype, f"run() must keep the dtype of its inputs, got {found.dtype}"
+            message = f"run() must keep the outputs of {what}"
+            if not inputs.numel():
+                continue
+            if exact:
+                bound = 4 * torch.finfo(found.dtype).eps * expected.abs().max()
+            elif backend.rounds_inputs:
+                step = (inputs.max().clamp(min=0) - inputs.min().clamp(max=0)) / 127
+                bound = step * layer.weight.abs().sum(dim=1)  # a step of 7 bits, everywhere
+            else:
+                bound = inputs.abs() @ layer.weight.abs().t() / 128  # 8 bits of a mantissa, as bfloat16 has
+            assert bool(((found - expected).abs() <= bound).all()), message
 
 
 # --------------------------------------------------------------------------------------------- other programs

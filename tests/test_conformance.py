@@ -433,16 +433,57 @@ class Silent(Backend):
     def supports(self, layer, device):
         return Support(ok=False)
 
-    def convert(self, layer):
-        return layer
+    def pack(self, layer):
+        return (layer.weight, layer.bias)
+
+    def run(self, packed, input):  # noqa: A002
+        return torch.nn.functional.linear(input, *packed)
 
 
-class Rounding(Backend):
+class Rounding(Silent):
     def supports(self, layer, device):
         return Support(ok=True)
 
-    def convert(self, layer):
-        return torch.nn.Sequential(layer, torch.nn.ReLU())
+    def run(self, packed, input):  # noqa: A002
+        return super().run(packed, input).relu()
+
+
+class Coarse(Rounding):
+    """Says that it rounds, and rounds too much."""
+
+    def supports(self, layer, device):
+        return Support(ok=True, exact=False)
+
+    def run(self, packed, input):  # noqa: A002
+        return (Silent.run(self, packed, input) / 4).round() * 4
+
+
+class Flattened(Rounding):
+    def run(self, packed, input):  # noqa: A002
+        return Silent.run(self, packed, input.reshape(-1, input.shape[-1]))
+
+
+class Single(Rounding):
+    def run(self, packed, input):  # noqa: A002
+        return Silent.run(self, packed, input).float()
+
+
+class Tidy(Rounding):
+    """Leaves the layer tidier than it was."""
+
+    def pack(self, layer):
+        layer.weight.data[layer.weight == 0] = -0.0
+        return super().pack(layer)
+
+    def run(self, packed, input):  # noqa: A002
+        return Silent.run(self, packed, input)
+
+
+class Greedy(Rounding):
+    def run(self, packed, input):  # noqa: A002
+        found = Silent.run(self, packed, input)
+        input.zero_()
+        return found
 
 
 class Wordless(Exporter):
@@ -556,7 +597,12 @@ WRONG = {
     Disorderly: "must give ascending positions",
     Far: "within the chunk",
     Silent: "reason for a no",
-    Rounding: "keep the outputs",
+    Rounding: "keep the outputs of tokens",
+    Coarse: "keep the outputs of tokens",
+    Flattened: "run\\(\\) of a batch must have the shape",
+    Single: "keep the dtype",
+    Tidy: "must leave the layer as it is",
+    Greedy: "leave its inputs as they are",
     Wordless: "say what it has written",
     Talkative: "one line",
     Nameless: "files must name",

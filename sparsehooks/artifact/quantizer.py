@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsehooks.artifact.reading import METHOD
-from sparsehooks.components import Backend, Level
+from sparsehooks.components import Level
 from sparsehooks.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         pruned: the parameters whose zeros are masks if the model is trained further.
         activations: what acts on the activations of its modules: ``sites.recorded``.
         shrunk: what ``shrinking.shrink`` returned: the sizes that do not follow from the rest of config.json.
+        backend: what shall run the layers of the opened model: see ``accelerate_model``; None is torch.
 
     Raises:
         ArtifactError: if a newer release wrote it, or somebody damaged it.
@@ -51,6 +53,7 @@ class SparseHooksConfig(QuantizationConfigMixin):
         pruned: Sequence[str] = (),
         shrunk: Mapping[str, Any] | None = None,
         activations: Mapping[str, Any] | None = None,
+        backend: str | None = None,
         **unknown: Any,
     ) -> None:
         if str(version) != VERSION:
@@ -69,6 +72,8 @@ class SparseHooksConfig(QuantizationConfigMixin):
             what = "'recipe', 'plugins' and what each plugin added must be tables"
         elif not isinstance(pruned, (list, tuple)):
             what = "'pruned' must be a list of names"
+        elif not isinstance(cast(Any, backend), (str, types.NoneType)):
+            what = "'backend' must be the name of one"
         else:
             what = shrinking.check({} if shrunk is None else shrunk) or ""
             what = what or sites.check({} if activations is None else activations) or ""
@@ -79,11 +84,12 @@ class SparseHooksConfig(QuantizationConfigMixin):
         self.pruned = [str(name) for name in pruned]
         self.shrunk = copy.deepcopy(dict(shrunk or {}))
         self.activations = copy.deepcopy(dict(activations or {}))
+        self.backend = backend
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json, without what is not there."""
         values = copy.deepcopy(self.__dict__)
-        for key in ("shrunk", "activations"):
+        for key in ("shrunk", "activations", "backend"):
             if not values[key]:
                 del values[key]
         return values
@@ -174,11 +180,13 @@ class SparseHooksQuantizer(HfQuantizer):
         model._weight_conversions = kept
         self.take_conversions(model)
         _retie_offloaded(model)
-        _convert(model)
+        config = cast(SparseHooksConfig, self.quantization_config)
         try:
-            apply_activations(model, cast(SparseHooksConfig, self.quantization_config).activations)
+            apply_activations(model, config.activations)
         except ValueError as error:
             raise ArtifactError(f"{model.config.name_or_path!r}: config.json: {error}") from error
+        if config.backend is not None:
+            _accelerate(model, config.backend)
         return model
 
     def take_conversions(self, model: Any) -> None:
@@ -317,20 +325,15 @@ def _retie_offloaded(model: Any) -> None:
             offloaded.dataset.index[tied] = offloaded.dataset.index[source]
 
 
-def _convert(model: nn.Module) -> None:
-    """Hand each layer to the backend that shall run it."""
-    from sparsehooks.plugins import installed_catalog
+def _accelerate(model: nn.Module, backend: str) -> None:
+    """Hand the layers to the backend that the config names; where it is not there, torch runs them as they are."""
+    from sparsehooks.accelerating import accelerate_model
+    from sparsehooks.errors import PlanError, PluginError, RecipeError
 
-    catalog = installed_catalog()
-    if not any(record.component.name == "dense" for record in catalog.records("backend")):
-        return  # switched off: torch runs the layers as they are
-    backend = cast(Backend, catalog.create("backend", "dense"))
-    for name, module in list(model.named_modules()):
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() >= 2 and backend.supports(module, weight.device).ok:
-            converted = backend.convert(module)
-            if converted is not module:
-                model.set_submodule(name, converted)
+    try:
+        accelerate_model(model, backend)
+    except (PlanError, PluginError, RecipeError) as error:
+        warnings.warn(f"config.json asks for the backend '{backend}', torch runs the layers: {error}", stacklevel=2)
 
 
 if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

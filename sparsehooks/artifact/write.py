@@ -20,6 +20,7 @@ def save_pretrained(
     *,
     level: Level = "balanced",
     signed_zeros: bool = False,
+    backend: str | None = None,
     **options: Any,
 ) -> Path:
     """Save a model in the sparse form: every piece of a tensor takes the codecs that are smallest for it.
@@ -33,6 +34,8 @@ def save_pretrained(
         folder: a new or empty folder, or an earlier artifact to replace.
         level: how much work saving may put into a smaller file: "fast", "balanced" or "small". All open alike.
         signed_zeros: keep -0.0, which otherwise becomes +0.0 in the tensors that are encoded.
+        backend: what shall run the layers of a transformers model once it is opened, such as "auto": see
+            ``accelerate_model``. What it says stays until another is given; None is torch.
         options: passed on to the model's own ``save_pretrained`` (``max_shard_size``, ...).
 
     Raises:
@@ -45,6 +48,7 @@ def save_pretrained(
     check_level(level)
     if not hasattr(model, "state_dict"):
         raise ArtifactError(f"save_pretrained takes a module, not a {type(model).__name__}")
+    options["backend"] = backend
     if options.get("push_to_hub"):
         options.setdefault("repo_id", Path(folder).name)  # transformers would take the name of the temporary folder
     if is_sharded(model):
@@ -69,6 +73,7 @@ def write_model(
     level: Level = "balanced",
     signed_zeros: bool = False,
     state_dict: dict[str, Tensor] | None = None,
+    backend: str | None = None,
     **options: Any,
 ) -> None:
     """What ``save_pretrained`` writes, into a folder that is there already."""
@@ -78,6 +83,8 @@ def write_model(
     from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 
     if not isinstance(model, PreTrainedModel):
+        if backend is not None:
+            options["backend"] = backend
         if options:
             raise ArtifactError(f"a module that is no transformers model is saved without option '{min(options)}'")
         state = dict(model.state_dict() if state_dict is None else state_dict)
@@ -85,7 +92,9 @@ def write_model(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
         return
     config = disarm(model)
-    arm(model, config or SparseHooksConfig(), level=level, signed_zeros=signed_zeros)
+    written = config or SparseHooksConfig()
+    written.backend = backend or written.backend
+    arm(model, written, level=level, signed_zeros=signed_zeros)
     try:
         model.save_pretrained(folder, state_dict=state_dict, **options)
     finally:

@@ -69,6 +69,7 @@ class Compression(Callback):
             total_steps=int(total),
             plugins=self.plugins,
             folder=trainer.default_root_dir,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
         self.session = attached.__enter__()
         self._attached = attached

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsehooks import ArtifactError, Exporter, PluginError
+from sparsehooks import ArtifactError, Exporter, PluginError, restore_model
 
 FILE = "model.onnx"
 COMPANIONS = ("token", "vocab", "merges", "special_tokens", "preprocessor", "spiece", "sentencepiece")
@@ -160,6 +160,7 @@ def _open(folder: Path, architecture: str | None) -> Any:
     if cls is None:
         raise ArtifactError(f"transformers has no class '{name}'; name one with the option 'architecture'")
     model = cls.from_pretrained(folder).eval()
+    restore_model(model)
     return model.float() if model.dtype == torch.bfloat16 else model  # which onnxruntime does not run on CPUs
 
 

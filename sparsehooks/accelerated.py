@@ -1,0 +1,235 @@
+"""The layer that a backend runs: a class swap, as in ``swapping``, that leaves the dense weight where it is.
+
+State dicts, saving, PEFT and turning back see an ordinary layer. The packed form lies beside the weight in a plain
+attribute; it is made anew when the layer is copied or moved, or its weight has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsehooks.components import Backend
+from sparsehooks.errors import SessionError
+from sparsehooks.sites import Sparse, SparseInput, inner
+
+
+class Lane(NamedTuple):
+    """Who runs inputs of some size.
+
+    Attributes:
+        most: up to how many tokens, the rows of the flattened input.
+        backend: its name; None: torch.
+    """
+
+    most: float
+    backend: str | None
+
+
+def choose(lanes: Iterable[Lane], tokens: int) -> str | None:
+    """The backend for so many tokens; None: torch."""
+    for most, backend in lanes:
+        if tokens <= most:
+            return backend
+    return None
+
+
+class Engine:
+    """What runs one layer.
+
+    Args:
+        layer: a Linear of the swapped class.
+        name: of the layer, for messages.
+        backends: by name.
+        lanes: in ascending order; what has more tokens than the last one runs dense.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> None:
+        self.name, self.backends, self.lanes = name, dict(backends), tuple(lanes)
+        self.key = next(_KEYS)
+        self._layer = weakref.ref(layer)
+        self._packed: dict[str, Any] = {}
+        self._stamp: tuple[Any, ...] = ()
+        _ENGINES[self.key] = self
+
+    def settle(self, lanes: Iterable[Lane]) -> None:
+        """Keep these lanes, and only what they need."""
+        self.lanes = tuple(lanes)
+        used = {lane.backend for lane in self.lanes}
+        self.backends = {name: backend for name, backend in self.backends.items() if name in used}
+        self._packed = {name: packed for name, packed in self._packed.items() if name in used}
+
+    def drop(self) -> None:
+        """Forget what is packed."""
+        self._packed = {}
+
+    def run(self, backend: str, inputs: Tensor) -> Tensor:
+        """The layer's outputs; to be called without gradients."""
+        layer: Any = self._layer()
+        weight, bias = layer.weight, layer.bias
+        stamp = _stamp(weight), bias is None or _stamp(bias)
+        if stamp != self._stamp:
+            self._packed, self._stamp = {}, stamp
+        if backend not in self._packed:
+            self._packed[backend] = self._pack(layer, backend)
+        packed, runner = self._packed[backend], self.backends[backend]
+        if packed is None:
+            return cast(Tensor, original(layer).forward(layer, inputs))
+        if not runner.rounds_inputs and issubclass(type(layer), SparseInput):
+            inputs = layer._sparsehooks_incoming(inputs)
+        return runner.run(packed, inputs)
+
+    def _pack(self, layer: Any, backend: str) -> Any:
+        """What the backend needs; None where it does not take what the layer has become."""
+        runner, plain = self.backends[backend], bare(layer)
+        support = runner.supports(plain, layer.weight.device)
+        if support.ok:
+            return runner.pack(plain)
+        warnings.warn(f"'{self.name}' runs dense, no longer by '{backend}': {support.reason}", stacklevel=2)
+        return None
+
+
+_KEYS = itertools.count()
+_ENGINES: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+"""How the operation in a compiled graph, which takes tensors, numbers and strings, finds them."""
+
+
+class Accelerated:
+    """The mixin of a layer that a backend runs."""
+
+    _sparsehooks_engine: Engine
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
+        """The layer's forward, by the backend that so many tokens get."""
+        layer: Any = self
+        engine, features = self._sparsehooks_engine, layer.in_features
+        backend = choose(engine.lanes, input.numel() // features)
+        # torch also says what is wrong with inputs that do not fit
+        if backend is None or not input.dim() or input.shape[-1] != features:
+            return super().forward(input)  # type: ignore[misc,no-any-return]
+        found: Tensor
+        if torch.compiler.is_compiling():  # to the compiler, every backend is one operation
+            found = _run(input.detach(), engine.key, backend, layer.out_features)
+        elif not torch.is_grad_enabled():
+            return engine.run(backend, input)
+        else:
+            with torch.no_grad():
+                found = engine.run(backend, input)
+        if torch.is_grad_enabled():
+            asking = [t for t in (input, layer.weight, layer.bias) if t is not None and t.requires_grad]
+            if asking:
+                found = _NoGradient.apply(found, engine.name, *asking)  # type: ignore[no-untyped-call]
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._sparsehooks_engine.drop()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        engine = self._sparsehooks_engine
+        layer = _shell(cast(nn.Module, self), original(cast(nn.Module, self)), {"_sparsehooks_engine"})
+        return swap, (layer, engine.name, engine.backends, engine.lanes)
+
+
+def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> nn.Module:
+    """Have backends run a layer, in place.
+
+    Args:
+        layer: a Linear, perhaps with a site on its input.
+        name: for messages.
+        backends: by name.
+        lanes: see ``Engine``.
+    """
+    layer.__class__ = _made(type(layer))  # type: ignore[arg-type]
+    layer._sparsehooks_engine = Engine(layer, name, backends, lanes)
+    return cast(nn.Module, layer)
+
+
+def unswap(layer: Any) -> None:
+    """Undo ``swap``."""
+    if issubclass(type(layer), Accelerated):
+        del layer._sparsehooks_engine
+        layer.__class__ = original(layer)
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _nothing]:
+            del layer._forward_pre_hooks[key]
+
+
+def be_called(layer: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoderLayer`` from reading the layer's weight: it calls layers that have a hook."""
+    if isinstance(layer, Accelerated):
+        cast(nn.Module, layer).register_forward_pre_hook(_nothing)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def original(layer: nn.Module) -> type[nn.Module]:
+    """The class of an accelerated layer before it was swapped."""
+    return type(layer).__mro__[2]
+
+
+def bare(layer: nn.Module) -> Any:
+    """The same layer, all it holds shared, in its author's class: without what was swapped in."""
+    cls = original(layer) if isinstance(layer, Accelerated) else type(layer)
+    cls = inner(cls) if issubclass(cls, Sparse) else cls
+    return _shell(layer, cls, {"_sparsehooks_engine", "_sparsehooks_site"})
+
+
+def _shell(layer: nn.Module, cls: type[nn.Module], without: set[str]) -> nn.Module:
+    made = cls.__new__(cls)
+    vars(made).update({key: value for key, value in vars(layer).items() if key not in without})
+    return made
+
+
+@functools.cache
+def _made(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Accelerated{cls.__name__}", (Accelerated, cls), {})
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """What changes with a tensor, but for what was written into its ``data``."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+@torch.library.custom_op("sparsehooks::run", mutates_args=())
+def _run(inputs: Tensor, key: int, backend: str, features: int) -> Tensor:  # noqa: ARG001 - the fake one needs it
+    return _ENGINES[key].run(backend, inputs).contiguous()  # as the fake one says
+
+
+@_run.register_fake
+def _(inputs: Tensor, key: int, backend: str, features: int) -> Tensor:  # noqa: ARG001
+    return inputs.new_empty(*inputs.shape[:-1], features)
+
+
+@torch.library.custom_op("sparsehooks::refuse", mutates_args=())
+def _refuse(wanted: Tensor, name: str) -> Tensor:  # noqa: ARG001 - whose shape the fake one gives
+    raise SessionError(
+        f"a backend runs '{name}' for inference only, it gives no gradient; call sparsehooks.restore_model(model) first"
+    )
+
+
+@_refuse.register_fake
+def _(wanted: Tensor, name: str) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(wanted)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Outputs that refuse their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, name: str, *asking: Tensor) -> Tensor:
+        ctx.name = name
+        ctx.save_for_backward(*asking)
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # an operation, so that compiling it does not raise yet
+        return None, None, *(_refuse(tensor, ctx.name) for tensor in ctx.saved_tensors)

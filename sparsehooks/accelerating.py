@@ -1,0 +1,169 @@
+"""Models whose layers backends run, each layer the one that is fastest for it here."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from torch import nn
+
+from sparsehooks.accelerated import be_called, unswap
+from sparsehooks.batches import Batches
+from sparsehooks.catalog import Catalog
+from sparsehooks.components import Backend
+from sparsehooks.decoding import decode
+from sparsehooks.errors import PlanError, PluginError
+from sparsehooks.plugins import PluginManager, as_manager
+from sparsehooks.speed import Speeds
+from sparsehooks.swapping import EffectiveWeight
+from sparsehooks.targets import find
+from sparsehooks.trials import DENSE, Candidate, Trial, Verdict
+
+AUTO = "auto"
+TOKENS = (1, 16, 128, 512)
+"""For how many tokens backends are timed where no example says."""
+
+
+class Verdicts(dict[str, Verdict]):
+    """The verdict of each layer, by its name."""
+
+    @property
+    def stays(self) -> dict[str, Mapping[str, str]]:
+        """Why torch goes on to run a layer, by backend, for each layer where it does so for all numbers of tokens."""
+        return {name: v.reasons for name, v in self.items() if not any(lane.backend for lane in v.lanes)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; a lane without end ends at None."""
+        found = {name: asdict(verdict) for name, verdict in self.items()}
+        for verdict in found.values():
+            verdict["lanes"] = [[None if most == math.inf else most, backend] for most, backend in verdict["lanes"]]
+        return found
+
+
+def accelerate_model(
+    model: nn.Module,
+    backend: str = AUTO,
+    example: Any = None,
+    targets: Sequence[str] = ("Linear",),
+    exclude: Sequence[str] = (),
+    plugins: Sequence[Any] | PluginManager = (),
+) -> Verdicts:
+    """Let backends run the layers of a finished model, in place and for inference only.
+
+    Weights stay dense in the model, which is saved, moved and copied like any other; what backends make of them lies
+    beside them in memory. ``restore_model`` undoes this.
+    Each layer's outputs are compared with torch's before a backend may run it. Where a backend rounds what enters a
+    layer, a grid that the model has there (``activation = "int8"``) gives way; thresholds stay. Change weights before
+    this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed.
+
+    Args:
+        model: opened, or after its run; on the device where it shall run.
+        backend: the name of one, which then runs every layer that it can, at any speed; or ``"auto"``: those of all
+            plugins are timed against torch, and of them the fastest runs a layer, for each number of tokens, if it is
+            3 % faster than torch. One that rounds is only tried where the model rounds the layer's input already.
+            What was timed on this machine before (``sparsehooks/speeds.json`` in the user's cache folder) is not timed
+            again. To look up who runs an input takes half a microsecond, also where that is torch.
+        example: a batch, as the model takes it. Only the numbers of tokens that it sends through a layer are timed,
+            and fewer run dense; without it these are 1, 16, 128 and 512.
+        targets: which layers, as in a recipe.
+        exclude: which of them not.
+        plugins: see ``PluginManager``.
+
+    Returns:
+        who runs each layer, how fast, and why not others.
+
+    Raises:
+        PlanError: if a layer is in the middle of a run, or the backend that was named can run none.
+        PluginError: if there is no such backend.
+        RecipeError: if a target matches nothing.
+    """
+    return judge(model, backend, Speeds.load(), example, targets, exclude, plugins)
+
+
+def restore_model(model: nn.Module) -> None:
+    """Let torch run all layers again, with the weights that they have."""
+    for module in model.modules():
+        unswap(module)
+
+
+def judge(
+    model: nn.Module,
+    backend: str,
+    speeds: Speeds,
+    example: Any = None,
+    targets: Sequence[str] = ("Linear",),
+    exclude: Sequence[str] = (),
+    plugins: Sequence[Any] | PluginManager = (),
+) -> Verdicts:
+    """``accelerate_model``, which takes those speeds as given that are known."""
+    candidates = _candidates(as_manager(plugins).catalog, backend)
+    names = [name for target in find(model, targets, exclude)[0] for name in target.modules]
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        if isinstance(layer, EffectiveWeight):
+            raise PlanError([f"'{name}' belongs to a run that has not ended; finish it first"])
+    for layer in layers.values():
+        unswap(layer)
+    counts = None if backend != AUTO else _counts(model, layers, example)
+    verdicts = Verdicts()
+    for name, layer in layers.items():
+        parents = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]
+        trial = Trial(name, layer, candidates, speeds, timed=counts is not None, unfit=_nested(parents))
+        verdicts[name] = trial.named() if counts is None else trial.timed(counts[name])
+        if isinstance(parents[-1], nn.TransformerEncoderLayer):
+            be_called(layer)
+    speeds.save()
+    if backend != AUTO and len(verdicts.stays) == len(layers):
+        name, reasons = next(iter(verdicts.stays.items()))
+        raise PlanError([f"'{backend}' can run none of the {len(layers)} layers; '{name}': {reasons[backend]}"])
+    return verdicts
+
+
+def _nested(parents: Sequence[nn.Module]) -> str | None:
+    """Why a layer of torch's own encoder stays: that makes nested tensors of padded inputs, and then reads weights."""
+    if any(isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor for parent in parents):
+        return "nn.TransformerEncoder may read its weight and not call it; build it with enable_nested_tensor=False"
+    return None
+
+
+def _candidates(catalog: Catalog, backend: str) -> dict[str, Candidate]:
+    """The backend of this name; or all but torch itself."""
+    if backend != AUTO:
+        return {backend: _candidate(catalog, backend)}
+    found = {}
+    for name in sorted({record.component.name for record in catalog.records("backend")} - {DENSE}):
+        try:
+            found[name] = _candidate(catalog, name)
+        except PluginError as error:
+            warnings.warn(f"the backend '{name}' is not tried: {error}", stacklevel=4)
+    return found
+
+
+def _candidate(catalog: Catalog, name: str) -> Candidate:
+    record, options = catalog.resolve("backend", name)
+    cls = record.load()
+    config: Any = decode(cls.Config, options, f"backend '{name}'")
+    return Candidate(record, cast(Backend, cls(config)))
+
+
+def _counts(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> dict[str, list[int]]:
+    """For how many tokens to time each layer."""
+    if example is None:
+        return {name: list(TOKENS) for name in layers}
+    seen: dict[str, set[int]] = {name: set() for name in layers}
+
+    def see(name: str, values: Any) -> None:
+        seen[name].add(values.numel() // max(1, values.shape[-1]))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in layers.items()
+    ]
+    try:
+        Batches(model, [example], "example").run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sorted(found - {0}) for name, found in seen.items()}
