@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from sparsehooks.components import Need
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
-from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
+from sparsehooks.samples import raw_bytes
 from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 from sparsehooks.teacher_cache import TeacherCache
 
@@ -142,15 +142,6 @@ def share(teacher: nn.Module, student: nn.Module, names: Collection[str]) -> set
     return same
 
 
-def open_teacher(name: str) -> nn.Module:
-    """The model of a folder or a Hub name.
-
-    Raises:
-        SparseHooksError: if it cannot be had.
-    """
-    return open_model(name)[0]
-
-
 def teacher_digest(model: nn.Module) -> str:
     """A fingerprint of a model's weights, class and config, in hexadecimal; not of where it came from."""
     config = getattr(model, "config", None)
@@ -219,11 +210,11 @@ def _start_file(folder: Path, fingerprint: str) -> Path:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """A fingerprint of a model's state dict (sha256), for a start that is kept in memory only."""
+    """The sha256 of the names and values of a state dict, in hexadecimal."""
     total = hashlib.sha256()
     for name, tensor in state.items():
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(raw_bytes(tensor.detach().cpu()))
     return total.hexdigest()
 
 
