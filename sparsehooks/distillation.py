@@ -143,14 +143,14 @@ class Distillation:
             )
         self._weights.clear()  # stages that have begun by then say theirs next
 
-    def flush(self) -> None:
+    def flush(self, *, due: bool = False) -> None:
         """Write what the teachers answered since the last time, where a cache keeps it.
 
-        Raises:
-            SessionError: if a cache cannot be written.
+        Args:
+            due: only if it is time; see ``TeacherCache.flush``.
         """
         for teacher in self._teachers.values():
-            teacher.flush()
+            teacher.flush(due=due)
 
     def _open(
         self, use: TeacherUse, needs: set[Need], folder: Path | None, unchanged: set[str], cache: str | None

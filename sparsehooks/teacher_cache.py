@@ -7,7 +7,8 @@ read; a tensor's name is ``sample/output#form``:
 * sample: a digest of the sample's own inputs as the teacher gets them, without padding. The order of the samples, what
   else is in their batch and the padding behind them change nothing. Padding before them does: it moves positions.
 * output: a key of the model output, such as ``logits``; of a tuple one of its tensors, such as ``hidden_states/6``.
-* form: how the sample's part was cut out of the batch; see ``Samples.form``.
+* form: how the sample's part was cut out of the batch, see ``Samples.form``; or ``absent``, where the teacher was asked
+  and gave no such output.
 
 The metadata has the number of tensors of each tuple, and a CRC-32 of each tensor's bytes, which is compared before the
 values are used.
@@ -16,20 +17,21 @@ values are used.
 from __future__ import annotations
 
 import json
-import os
 import secrets
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from accelerate.state import GradientState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsehooks.artifact.atomic import atomic_file
 from sparsehooks.distributed import rank, world_size
 from sparsehooks.errors import SessionError
 from sparsehooks.samples import Samples, raw_bytes, samples_of
@@ -37,12 +39,18 @@ from sparsehooks.samples import Samples, raw_bytes, samples_of
 VERSION = 1
 FLUSH = 1 << 26
 """Bytes of answers that are held in memory before they become a file."""
+SECONDS = 30.0
+"""Fewer become one after this time: more is not lost with a killed run."""
+ABSENT = "absent"
 
 Ask = Callable[[], Mapping[str, Any]]
 
 
 class TeacherCache:
     """What one teacher has answered.
+
+    What is trained is worth more than the cache: where it cannot be written a run is warned once, keeps no more and
+    goes on.
 
     Args:
         folder: of the cache; it may hold answers of other teachers.
@@ -61,6 +69,9 @@ class TeacherCache:
         self._places: dict[str, tuple[_File, str]] = {}
         self._pending: dict[str, tuple[Tensor, str]] = {}
         self._bytes = 0
+        self._again = False
+        self._flushed = time.monotonic()
+        self._keeps = True
         self.counts: dict[str, int] = {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +98,11 @@ class TeacherCache:
         return _Answer(self, samples_of(inputs, pads=self._pads), ask)
 
     def find(self, batch: Samples, output: str) -> Tensor | None:
-        """An output for a batch, on its device; padding is zero. None if it is not there for all samples."""
+        """An output for a batch, on its device; padding is zero. None if it is not there for all samples.
+
+        Raises:
+            KeyError: if the teacher gives no such output.
+        """
         found = [self._find(f"{sample}/{output}") for sample in batch.digests]
         if world_size() > 1 and None in found:
             self._scan()  # other ranks may have asked meanwhile
@@ -96,57 +111,66 @@ class TeacherCache:
         forms = {form for _, form in rows}
         if len(rows) < len(found) or len(forms) > 1:
             return None
+        if forms == {ABSENT}:
+            raise KeyError(output)
         return batch.join([row for row, _ in rows], forms.pop())
 
-    def keep(self, batch: Samples, output: str, value: Tensor) -> None:
-        """Take in an output for a batch, of the samples that lack it.
+    def keep(self, batch: Samples, output: str, value: Tensor | None) -> None:
+        """Take in an output for a batch, of the samples that lack it; None if the teacher gives no such output.
 
         Raises:
             SessionError: if it does not fall into samples.
         """
-        if not value.dim() or len(value) != len(batch.digests):
+        if value is not None and (not value.dim() or len(value) != len(batch.digests)):
             raise SessionError(
                 f"a teacher cache keeps samples, and the teacher's '{output}' of shape {tuple(value.shape)} has none; "
                 "leave 'cache' out"
             )
-        form = batch.form(value)
-        value = value.detach().cpu()
+        if not self._keeps:
+            return
+        form = ABSENT if value is None else batch.form(value)
+        value = None if value is None else value.detach().cpu()
         for index, sample in enumerate(batch.digests):
             name = f"{sample}/{output}"
             if name not in self._pending and name not in self._places:
-                row = batch.cut(value, index, form)
+                row = torch.empty(0) if value is None else batch.cut(value, index, form)
                 self._pending[name] = row, form
                 self._bytes += row.nbytes
-        if self._bytes >= FLUSH:
-            self.flush()
 
-    def flush(self) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def flush(self, *, due: bool = False) -> None:
         """Write what is held in memory to a new file.
 
-        Raises:
-            SessionError: if it cannot be written.
+        Args:
+            due: only if it is much, or old, or an epoch is over, in the next of which other ranks look for it.
         """
-        if not self._pending:
+        if not self._pending or (due and not self._is_due()):
             return
         tensors = {f"{name}#{form}": row for name, (row, form) in self._pending.items()}
         metadata = {"version": VERSION, "counts": self.counts, "crc": {n: _crc(row) for n, row in tensors.items()}}
         path = self._folder / f"{rank()}-{secrets.token_hex(8)}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, {"sparsehooks": json.dumps(metadata)})
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise SessionError(f"the teacher cache '{self._folder}' cannot be written: {error}") from error
+            with atomic_file(path) as temporary:
+                save_file(tensors, temporary, {"sparsehooks": json.dumps(metadata)})
+            self._open(path)
+        except (OSError, SafetensorError, SessionError) as error:
+            self._keeps = False
+            warnings.warn(
+                f"the teacher cache '{self._folder}' cannot be written, so the run keeps no more answers: {error}",
+                stacklevel=2,
+            )
         self._pending.clear()
         self._bytes = 0
-        self._open(path)
+        self._again = False
+        self._flushed = time.monotonic()
+
+    def _is_due(self) -> bool:
+        old = time.monotonic() - self._flushed > SECONDS
+        return self._bytes >= FLUSH or old or self._again or GradientState().end_of_dataloader
 
     def _find(self, name: str) -> tuple[Tensor, str] | None:
         if name in self._pending:
+            self._again = True  # an epoch has passed
             return self._pending[name]
         if name not in self._places:
             return None
@@ -217,7 +241,11 @@ class _Answer(Mapping[str, Any]):
             found = self._find(key)
             if found is not None:
                 return found
-            value = self._asked()[key]
+            answer = self._asked()
+            if key not in answer:
+                self._cache.keep(self._batch, key, None)
+                raise KeyError(key)
+            value = answer[key]
             if isinstance(value, Tensor):
                 return self._keep(key, value)
             if not isinstance(value, (tuple, list)) or not all(isinstance(part, Tensor) for part in value):
