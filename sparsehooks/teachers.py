@@ -29,8 +29,8 @@ START = "sparsehooks-start"
 
 M = TypeVar("M", bound=nn.Module)
 
-ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype"}
-"""What a config says about where a model came from, and not about what it computes."""
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype", "problem_type"}
+"""What a config says about where a model came from and how it was trained, and not about what it computes."""
 
 LABELS = {"labels", "shift_labels", "num_items_in_batch"}
 
