@@ -40,7 +40,9 @@ VERSION = 1
 FLUSH = 1 << 26
 """Bytes of answers that are held in memory before they become a file."""
 SECONDS = 30.0
-"""Fewer become one after this time: more is not lost with a killed run."""
+"""Fewer become one after this time, so that no more is lost with a killed run."""
+AGAIN = 3.0
+"""The same once they are wanted again: an epoch has passed, and other ranks look for them."""
 ABSENT = "absent"
 
 Ask = Callable[[], Mapping[str, Any]]
@@ -142,7 +144,7 @@ class TeacherCache:
         """Write what is held in memory to a new file.
 
         Args:
-            due: only if it is much, or old, or an epoch is over, in the next of which other ranks look for it.
+            due: only if it is much or old, or an epoch ends, for in the next one other ranks look for it.
         """
         if not self._pending or (due and not self._is_due()):
             return
@@ -165,12 +167,12 @@ class TeacherCache:
         self._flushed = time.monotonic()
 
     def _is_due(self) -> bool:
-        old = time.monotonic() - self._flushed > SECONDS
-        return self._bytes >= FLUSH or old or self._again or GradientState().end_of_dataloader
+        old = time.monotonic() - self._flushed > (AGAIN if self._again else SECONDS)
+        return self._bytes >= FLUSH or old or GradientState().end_of_dataloader
 
     def _find(self, name: str) -> tuple[Tensor, str] | None:
         if name in self._pending:
-            self._again = True  # an epoch has passed
+            self._again = True
             return self._pending[name]
         if name not in self._places:
             return None
@@ -234,9 +236,12 @@ class _Answer(Mapping[str, Any]):
         self._ask = ask
         self._live: Mapping[str, Any] | None = None
         self._read: dict[str, Tensor] = {}
+        self._absent: set[str] = set()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __getitem__(self, key: str) -> Any:
+        if key in self._absent:
+            raise KeyError(key)
         if key not in self._cache.counts:
             found = self._find(key)
             if found is not None:
@@ -244,6 +249,7 @@ class _Answer(Mapping[str, Any]):
             answer = self._asked()
             if key not in answer:
                 self._cache.keep(self._batch, key, None)
+                self._absent.add(key)
                 raise KeyError(key)
             value = answer[key]
             if isinstance(value, Tensor):

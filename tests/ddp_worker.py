@@ -110,7 +110,7 @@ def remembered(folder, options):
     for error in (OSError("disk"), KeyboardInterrupt(), sparsehooks.ArtifactError("ours")):
         try:
             once(lambda error=error: throw(error))
-        except (Exception, KeyboardInterrupt) as caught:
+        except (OSError, KeyboardInterrupt, sparsehooks.SparseHooksError) as caught:
             errors.append(f"{type(caught).__name__}: {caught}")
     return {"forwards": forwards, "errors": errors}
 

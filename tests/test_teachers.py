@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -539,18 +540,20 @@ def test_answers_wait_in_memory_until_a_checkpoint_or_a_file_is_full(tmp_path, m
 
 
 def test_a_file_is_written_when_answers_get_old_or_are_wanted_again(tmp_path, monkeypatch):
-    cache, (first, second) = TeacherCache(tmp_path, "0" * 32), batches(2)
-    files = []
-    monkeypatch.setattr("sparsehooks.teacher_cache.SECONDS", 1e9)
-    for batch in (first, second, first, second):
-        cache.answer(batch, lambda: {"logits": torch.zeros(4, 3)})["logits"]
+    clock, files = [0.0], []
+    monkeypatch.setattr("sparsehooks.teacher_cache.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    cache, (first, second, third, fourth) = TeacherCache(tmp_path, "0" * 32), batches(4)
+    for clock[0], batch in zip(range(0, 16, 2), 2 * (first, second, third, fourth), strict=True):
+        answer = cache.answer(batch, lambda: {"logits": torch.zeros(4, 3)})
+        assert answer.keys() & {"logits", "loss"} == {"logits"}
+        assert answer.get("loss") is None  # not what another epoch does
         cache.flush(due=True)
         files.append(len(list(tmp_path.rglob("*.safetensors"))))
-    assert files == [0, 0, 1, 1]
-    cache.answer(batches(3)[2], lambda: {"logits": torch.zeros(4, 3)})["logits"]
-    monkeypatch.setattr("sparsehooks.teacher_cache.SECONDS", -1.0)
-    cache.flush(due=True)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert files == [0, 0, 0, 0, 1, 1, 1, 1]
+    cache.answer(batches(5)[4], lambda: {"logits": torch.zeros(4, 3)})["logits"]
+    for clock[0], expected in ((20.0, 1), (37.9, 1), (38.1, 2)):
+        cache.flush(due=True)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == expected
 
 
 def full(tensors, path, metadata=None):
