@@ -455,7 +455,7 @@ def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(SessionError, match="version 2; upgrade"):
         losses(tiny_classifier(), cached(tmp_path, "kl"), data)
     path.write_bytes(good)
-    (path.parent / "0-0.1.tmp").write_bytes(good[:50])  # what a killed process leaves
+    (path.parent / ".0-0.safetensors.0123abcd.tmp").write_bytes(good[:50])  # what a killed process leaves
     losses(tiny_classifier(), cached(tmp_path, "kl"), data)
 
 
