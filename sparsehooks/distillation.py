@@ -14,12 +14,13 @@ from sparsehooks.components import LEARNING_RATE, Distiller, Need, Pattern
 from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
+from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
 from sparsehooks.plan import Plan, PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
 from sparsehooks.sharding import is_sharded
-from sparsehooks.teachers import Teacher, frozen_copy, keep_start, open_teacher, read_start, share
+from sparsehooks.teachers import Teacher, frozen_copy, keep_start, read_start, share
 from sparsehooks.views import Batch
 
 SCALED = 1024.0
@@ -161,14 +162,14 @@ class Distillation:
             )
         self._weights.clear()  # stages that have begun by then say theirs next
 
-    def flush(self) -> None:
+    def flush(self, *, due: bool = False) -> None:
         """Write what the teachers answered since the last time, where a cache keeps it.
 
-        Raises:
-            SessionError: if a cache cannot be written.
+        Args:
+            due: only if it is time; see ``TeacherCache.flush``.
         """
         for teacher in self._teachers.values():
-            teacher.flush()
+            teacher.flush(due=due)
 
     def _open(
         self, use: TeacherUse, needs: set[Need], folder: Path | None, unchanged: set[str], cache: str | None
@@ -185,7 +186,7 @@ class Distillation:
         return Teacher(model, self._model, needs, shared=shared, dtype=dtype, cache=kept)
 
     def _open_other(self, name: str) -> nn.Module:
-        teacher = open_teacher(name)
+        teacher = open_model(name)[0]
         ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (self._model, teacher))
         if ours is not None and theirs is not None and theirs < ours:
             teacher.register_forward_pre_hook(_refusing_tokens(name, theirs), with_kwargs=True)

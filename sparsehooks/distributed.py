@@ -44,16 +44,23 @@ def gathered(value: T) -> list[T]:
 
 
 def once(make: Callable[[], T]) -> T:
-    """The result of a call that rank 0 alone makes, on every rank; an error of ours reaches every rank too."""
+    """The result of a call that rank 0 alone makes, on every rank.
+
+    Raises:
+        SessionError: on the other ranks, if the call raised anything; rank 0 raises that.
+    """
     if world_size() == 1:
         return make()
     results: list[Any] = [None, None]
-    if rank() == 0:
-        try:
+    try:
+        if rank() == 0:
             results[0] = make()
-        except SparseHooksError as error:
-            results[1] = str(error)
-    dist.broadcast_object_list(results)
+    except BaseException as error:
+        known = isinstance(error, SparseHooksError)
+        results[1] = str(error) if known else f"rank 0 failed with {type(error).__name__}: {error}"
+        raise
+    finally:  # the other ranks wait for it in any case
+        dist.broadcast_object_list(results)
     if results[1] is not None:
         raise SessionError(results[1])
     return results[0]  # type: ignore[no-any-return]

@@ -409,8 +409,14 @@ class Recipe:
         return {**head, "stage": [stage.to_dict() for stage in self.stages]}
 
     def digest(self) -> str:
-        """A fingerprint of the recipe (sha256 of its canonical JSON, 64 hexadecimal digits)."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """A fingerprint of the recipe (sha256 of its canonical JSON, 64 hexadecimal digits).
+
+        Where a cache lies is left out: it changes nothing that is computed.
+        """
+        plain = self.to_dict()
+        for stage in plain["stage"]:
+            stage.pop("cache", None)
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,9 @@ class Session:
                 the Trainer does over accumulated batches and ranks; else by the number of items here.
         """
         self._distilled = True
-        return self._distillation.terms(outputs, inputs)
+        terms = self._distillation.terms(outputs, inputs)
+        self._distillation.flush(due=True)  # before gradients are averaged: every rank finds it in the next step
+        return terms
 
     def before_step(self, scale: float = 1.0) -> None:
         """Call before each optimizer step.

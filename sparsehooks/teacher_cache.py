@@ -7,7 +7,8 @@ read; a tensor's name is ``sample/output#form``:
 * sample: a digest of the sample's own inputs as the teacher gets them, without padding. The order of the samples, what
   else is in their batch and the padding behind them change nothing. Padding before them does: it moves positions.
 * output: a key of the model output, such as ``logits``; of a tuple one of its tensors, such as ``hidden_states/6``.
-* form: how the sample's part was cut out of the batch; see ``_form``.
+* form: how the sample's part was cut out of the batch, see ``Samples.form``; or ``absent``, where the teacher was asked
+  and gave no such output.
 
 The metadata has the number of tensors of each tuple, and a CRC-32 of each tensor's bytes, which is compared before the
 values are used.
@@ -15,35 +16,43 @@ values are used.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import secrets
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from accelerate.state import GradientState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsehooks.artifact.atomic import atomic_file
 from sparsehooks.distributed import rank, world_size
 from sparsehooks.errors import SessionError
+from sparsehooks.samples import Samples, raw_bytes, samples_of
 
 VERSION = 1
 FLUSH = 1 << 26
 """Bytes of answers that are held in memory before they become a file."""
+SECONDS = 30.0
+"""Fewer become one after this time, so that no more is lost with a killed run."""
+AGAIN = 3.0
+"""The same once they are wanted again: an epoch has passed, and other ranks look for them."""
+ABSENT = "absent"
 
 Ask = Callable[[], Mapping[str, Any]]
 
 
 class TeacherCache:
     """What one teacher has answered.
+
+    What is trained is worth more than the cache: where it cannot be written a run is warned once, keeps no more and
+    goes on.
 
     Args:
         folder: of the cache; it may hold answers of other teachers.
@@ -62,6 +71,9 @@ class TeacherCache:
         self._places: dict[str, tuple[_File, str]] = {}
         self._pending: dict[str, tuple[Tensor, str]] = {}
         self._bytes = 0
+        self._again = False
+        self._flushed = time.monotonic()
+        self._keeps = True
         self.counts: dict[str, int] = {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -85,69 +97,82 @@ class TeacherCache:
         Raises:
             SessionError: if the inputs do not fall into samples.
         """
-        return _Answer(self, _batch(inputs, pads=self._pads), ask)
+        return _Answer(self, samples_of(inputs, pads=self._pads), ask)
 
-    def find(self, batch: _Batch, output: str) -> Tensor | None:
-        """An output for a batch, on its device; padding is zero. None if it is not there for all samples."""
-        found = [self._find(f"{sample}/{output}") for sample in batch.samples]
+    def find(self, batch: Samples, output: str) -> Tensor | None:
+        """An output for a batch, on its device; padding is zero. None if it is not there for all samples.
+
+        Raises:
+            KeyError: if the teacher gives no such output.
+        """
+        found = [self._find(f"{sample}/{output}") for sample in batch.digests]
         if world_size() > 1 and None in found:
             self._scan()  # other ranks may have asked meanwhile
-            found = [self._find(f"{sample}/{output}") for sample in batch.samples]
+            found = [self._find(f"{sample}/{output}") for sample in batch.digests]
         rows = [entry for entry in found if entry is not None]
         forms = {form for _, form in rows}
         if len(rows) < len(found) or len(forms) > 1:
             return None
+        if forms == {ABSENT}:
+            raise KeyError(output)
         return batch.join([row for row, _ in rows], forms.pop())
 
-    def keep(self, batch: _Batch, output: str, value: Tensor) -> None:
-        """Take in an output for a batch, of the samples that lack it.
+    def keep(self, batch: Samples, output: str, value: Tensor | None) -> None:
+        """Take in an output for a batch, of the samples that lack it; None if the teacher gives no such output.
 
         Raises:
             SessionError: if it does not fall into samples.
         """
-        if not value.dim() or len(value) != len(batch.samples):
+        if value is not None and (not value.dim() or len(value) != len(batch.digests)):
             raise SessionError(
                 f"a teacher cache keeps samples, and the teacher's '{output}' of shape {tuple(value.shape)} has none; "
                 "leave 'cache' out"
             )
-        form = _form(value, batch.real)
-        value = value.detach().cpu()
-        for index, sample in enumerate(batch.samples):
+        if not self._keeps:
+            return
+        form = ABSENT if value is None else batch.form(value)
+        value = None if value is None else value.detach().cpu()
+        for index, sample in enumerate(batch.digests):
             name = f"{sample}/{output}"
             if name not in self._pending and name not in self._places:
-                row = batch.cut(value, index, form)
+                row = torch.empty(0) if value is None else batch.cut(value, index, form)
                 self._pending[name] = row, form
                 self._bytes += row.nbytes
-        if self._bytes >= FLUSH:
-            self.flush()
 
-    def flush(self) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def flush(self, *, due: bool = False) -> None:
         """Write what is held in memory to a new file.
 
-        Raises:
-            SessionError: if it cannot be written.
+        Args:
+            due: only if it is much or old, or an epoch ends, for in the next one other ranks look for it.
         """
-        if not self._pending:
+        if not self._pending or (due and not self._is_due()):
             return
         tensors = {f"{name}#{form}": row for name, (row, form) in self._pending.items()}
         metadata = {"version": VERSION, "counts": self.counts, "crc": {n: _crc(row) for n, row in tensors.items()}}
         path = self._folder / f"{rank()}-{secrets.token_hex(8)}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, {"sparsehooks": json.dumps(metadata)})
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise SessionError(f"the teacher cache '{self._folder}' cannot be written: {error}") from error
+            with atomic_file(path) as temporary:
+                save_file(tensors, temporary, {"sparsehooks": json.dumps(metadata)})
+            self._open(path)
+        except (OSError, SafetensorError, SessionError) as error:
+            self._keeps = False
+            warnings.warn(
+                f"the teacher cache '{self._folder}' cannot be written, so the run keeps no more answers: {error}",
+                stacklevel=2,
+            )
         self._pending.clear()
         self._bytes = 0
-        self._open(path)
+        self._again = False
+        self._flushed = time.monotonic()
+
+    def _is_due(self) -> bool:
+        old = time.monotonic() - self._flushed > (AGAIN if self._again else SECONDS)
+        return self._bytes >= FLUSH or old or GradientState().end_of_dataloader
 
     def _find(self, name: str) -> tuple[Tensor, str] | None:
         if name in self._pending:
+            self._again = True
             return self._pending[name]
         if name not in self._places:
             return None
@@ -199,145 +224,34 @@ class _File:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(_bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """What lies in memory, as a buffer."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy()
-
-
-# ------------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The samples of a batch.
-
-    Attributes:
-        samples: the digest of each.
-        real: which tokens are no padding, bool, (samples, tokens), on the CPU; None if padding counts.
-        device: where the losses want their tensors.
-    """
-
-    samples: list[str]
-    real: Tensor | None
-    device: torch.device
-
-    def cut(self, value: Tensor, index: int, form: str) -> Tensor:
-        """The part of an output that belongs to a sample; a copy."""
-        row = value[index]
-        if self.real is not None and form == "tokens":
-            row = row[self.real[index]]
-        elif self.real is not None and form == "pairs":
-            row = row[..., self.real[index], :][..., self.real[index]]
-        return row.clone(memory_format=torch.contiguous_format)
-
-    def join(self, rows: list[Tensor], form: str) -> Tensor | None:
-        """An output made of the parts of all samples; None where they do not fit together here."""
-        if self.real is None or form not in ("tokens", "pairs"):
-            padded = None if self.real is None else f"row{self.real.shape[1]}"
-            if len({row.shape for row in rows}) > 1 or (form.startswith("row") and form != padded):
-                return None
-            return torch.stack(rows).to(self.device)
-        samples, tokens = self.real.shape
-        if form == "tokens":
-            whole = rows[0].new_zeros((samples, tokens, *rows[0].shape[1:]))
-            whole[self.real] = torch.cat(rows)
-        else:
-            whole = rows[0].new_zeros((samples, *rows[0].shape[:-2], tokens, tokens))
-            for index, row in enumerate(rows):
-                real = self.real[index].nonzero().flatten()
-                whole[index][..., real[:, None], real] = row
-        return whole.to(self.device)
-
-
-def _form(value: Tensor, real: Tensor | None) -> str:
-    """How a sample's part is cut out: where its tokens lie in an output.
-
-    ``tokens``: (samples, tokens, ...), such as hidden states. ``pairs``: (samples, ..., tokens, tokens), such as
-    attention probabilities. ``rowN``: (samples, N) with N the tokens, padding included, which may also be classes.
-    ``whole``: anything else.
-    """
-    if real is None:
-        return "whole"
-    tokens = real.shape[1]
-    if value.dim() > 3 and value.shape[-1] == value.shape[-2] == tokens:
-        return "pairs"
-    if value.dim() > 1 and value.shape[1] == tokens:
-        return "tokens" if value.dim() > 2 else f"row{tokens}"
-    return "whole"
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _batch(inputs: Mapping[str, Any], *, pads: bool) -> _Batch:
-    """Take a batch apart.
-
-    Raises:
-        SessionError: an input that has no sample dimension.
-    """
-    tensors = {name: value for name, value in sorted(inputs.items()) if isinstance(value, Tensor)}
-    others = {name: value for name, value in sorted(inputs.items()) if name not in tensors and value is not None}
-    if not tensors:
-        raise SessionError(
-            "a teacher cache needs tensors to know samples by, and the batch has none; leave 'cache' out"
-        )
-    size = next((len(value) for value in tensors.values() if value.dim()), 0)
-    for name, value in inputs.items():
-        if name in tensors and (not value.dim() or len(value) != size):
-            raise SessionError(
-                f"a teacher cache keeps samples, and the input '{name}' of shape {tuple(value.shape)} has none: its "
-                f"first dimension is not {size} as of the others; leave 'cache' out"
-            )
-        if name in others and not isinstance(value, (bool, int, float, str)):
-            raise SessionError(
-                f"a teacher cache cannot tell one {type(value).__name__} from another, and the input '{name}' is one; "
-                "leave 'cache' out"
-            )
-    device = next(iter(tensors.values())).device
-    here = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    mask = here.get("attention_mask")
-    real = mask.bool() if pads and mask is not None and mask.dim() == 2 else None
-    autocast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else ""
-    common = json.dumps([autocast, others]).encode()
-    return _Batch([_digest(here, real, index, common) for index in range(size)], real, device)
-
-
-def _digest(inputs: Mapping[str, Tensor], real: Tensor | None, index: int, common: bytes) -> str:
-    total = hashlib.blake2b(common, digest_size=16)
-    places = None
-    if real is not None:
-        places = real[index].nonzero().flatten()
-        total.update(_bytes(places))
-    for name, value in inputs.items():
-        row = value[index]
-        if real is not None and value.shape[:2] == real.shape:
-            row = row[places]
-        total.update(f"{name} {row.dtype} {tuple(row.shape)}".encode())
-        total.update(_bytes(row))
-    return total.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------------- answers
+    return zlib.crc32(raw_bytes(tensor))
 
 
 class _Answer(Mapping[str, Any]):
     """The model output of a teacher that is asked only for what the cache lacks; what a loss reads is kept."""
 
-    def __init__(self, cache: TeacherCache, batch: _Batch, ask: Ask) -> None:
+    def __init__(self, cache: TeacherCache, batch: Samples, ask: Ask) -> None:
         self._cache = cache
         self._batch = batch
         self._ask = ask
         self._live: Mapping[str, Any] | None = None
         self._read: dict[str, Tensor] = {}
+        self._absent: set[str] = set()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __getitem__(self, key: str) -> Any:
+        if key in self._absent:
+            raise KeyError(key)
         if key not in self._cache.counts:
             found = self._find(key)
             if found is not None:
                 return found
-            value = self._asked()[key]
+            answer = self._asked()
+            if key not in answer:
+                self._cache.keep(self._batch, key, None)
+                self._absent.add(key)
+                raise KeyError(key)
+            value = answer[key]
             if isinstance(value, Tensor):
                 return self._keep(key, value)
             if not isinstance(value, (tuple, list)) or not all(isinstance(part, Tensor) for part in value):

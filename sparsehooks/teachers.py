@@ -6,9 +6,7 @@ import copy
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparsehooks.artifact.atomic import atomic_file
 from sparsehooks.components import Need
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
-from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
+from sparsehooks.samples import raw_bytes
 from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 from sparsehooks.teacher_cache import TeacherCache
 
@@ -30,10 +29,13 @@ START = "sparsehooks-start"
 
 M = TypeVar("M", bound=nn.Module)
 
-ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype"}
-"""What a config says about where a model came from, and not about what it computes."""
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype", "problem_type"}
+"""What a config says about where a model came from and how it was trained, and not about what it computes."""
 
 LABELS = {"labels", "shift_labels", "num_items_in_batch"}
+
+IDLE = 32
+"""Batches without a question after which a cached teacher goes to the CPU: a few that are known say nothing yet."""
 
 
 class Teacher:
@@ -67,7 +69,7 @@ class Teacher:
         self._shared = [(mine[name], theirs[name]) for name in shared]
         divided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._cache = None if cache is None else TeacherCache(cache, teacher_digest(model), pads=not divided)
-        self._answers = True
+        self._idle = 0
         parameters = inspect.signature(model.forward).parameters
         self._accepts = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
         self._accepts -= LABELS - {"labels"} if divided else LABELS  # it shifts labels into the decoder's inputs
@@ -78,9 +80,9 @@ class Teacher:
         given = {name: value for name, value in inputs.items() if name in self._accepts}
         if self._cache is None:
             return self._ask(given)
-        if not self._answers:  # the last batch was read as a whole, as the next ones will be
+        if self._idle == IDLE:
             self._move(torch.device("cpu"))
-        self._answers = False
+        self._idle += 1
         return self._cache.answer(given, lambda: self._ask(given))
 
     def before_step(self) -> None:
@@ -90,14 +92,14 @@ class Teacher:
                 mine.data = mine.data.clone()
         self._shared = [(mine, theirs) for mine, theirs in self._shared if not theirs.requires_grad]
 
-    def flush(self) -> None:
-        """Write the answers that only memory holds."""
+    def flush(self, *, due: bool = False) -> None:
+        """Write the answers that only memory holds; see ``TeacherCache.flush``."""
         if self._cache is not None:
-            self._cache.flush()
+            self._cache.flush(due=due)
 
     @torch.no_grad()
     def _ask(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        self._answers = True
+        self._idle = 0
         self._move(self._home)
         asked = {name: self._cast(value) for name, value in given.items()} | self._outputs.ask()
         if "use_cache" in self._accepts:
@@ -157,15 +159,6 @@ def share(teacher: nn.Module, student: nn.Module, names: Collection[str]) -> set
     return same
 
 
-def open_teacher(name: str) -> nn.Module:
-    """The model of a folder or a Hub name.
-
-    Raises:
-        SparseHooksError: if it cannot be had.
-    """
-    return open_model(name)[0]
-
-
 def teacher_digest(model: nn.Module) -> str:
     """A fingerprint of a model's weights, class and config, in hexadecimal; not of where it came from."""
     config = getattr(model, "config", None)
@@ -190,19 +183,15 @@ def write_start(state: Mapping[str, Tensor], folder: Path) -> str:
     Raises:
         SessionError: if the folder cannot be written.
     """
-    temporary = folder / START / f".{os.getpid()}.tmp"
     unique: dict[int, str] = {}
     tensors = {name: t.contiguous() for name, t in state.items() if unique.setdefault(_key(t), name) == name}
+    unnamed = folder / START / "unnamed.safetensors"
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        fingerprint = file_digest(temporary)
-        temporary.replace(_start_file(folder, fingerprint))
+        with atomic_file(unnamed) as temporary:
+            save_file(tensors, temporary)
+        fingerprint = file_digest(unnamed)
+        unnamed.replace(_start_file(folder, fingerprint))
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise SessionError(f"the start of the run cannot be kept in '{folder / START}': {error}") from error
     return fingerprint
 
@@ -234,11 +223,11 @@ def _start_file(folder: Path, fingerprint: str) -> Path:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """A fingerprint of a model's state dict (sha256), for a start that is kept in memory only."""
+    """The sha256 of the names and values of a state dict, in hexadecimal."""
     total = hashlib.sha256()
     for name, tensor in state.items():
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(raw_bytes(tensor.detach().cpu()))
     return total.hexdigest()
 
 

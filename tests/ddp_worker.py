@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 from helpers import Ordered, arguments, copied, prune, sentences, texts, tiny_bert, tiny_llama
+from transformers import Trainer, TrainerCallback
 
 import sparsehooks
+from sparsehooks.distributed import once
+from sparsehooks.teachers import Teacher
 
 RECIPE = {
     "stage": [
@@ -41,6 +44,8 @@ def main(folder, mode):
     folder.mkdir(parents=True, exist_ok=True)
     if mode == "metrics":
         return end(world, followed(int(rank)), folder / f"{mode}-rank{rank}.pt")
+    if mode == "cache":
+        return end(world, remembered(folder, options), folder / f"{mode}-rank{rank}.pt")
     if mode == "gradient":
         teacher = folder / f"teacher{rank}"
         tiny_llama(seed=4).save_pretrained(teacher)
@@ -80,6 +85,38 @@ def followed(rank):
             optimizer.step()
         assert session.sparsity > 0.7
     return copied(model)
+
+
+def remembered(folder, options):
+    """The teacher's forwards in each epoch of four steps, and what ``once`` raises."""
+    forwards, ask = [0], Teacher._ask
+
+    def counted(teacher, given):
+        forwards[-1] += 1
+        return ask(teacher, given)
+
+    class Epochs(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            forwards[int(state.epoch) :] = [0]
+
+    Teacher._ask = counted
+    options |= {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 4}
+    trainer = Trainer(tiny_bert(), arguments(folder / "run", **options), train_dataset=sentences(32))
+    trainer.add_callback(Epochs())
+    recipe = {"stage": [{"distill": "hidden", "cache": str(folder / "cache")}]}
+    trainer.add_callback(sparsehooks.CompressionCallback(recipe))
+    trainer.train()
+    errors = []
+    for error in (OSError("disk"), KeyboardInterrupt(), sparsehooks.ArtifactError("ours")):
+        try:
+            once(lambda error=error: throw(error))
+        except (OSError, KeyboardInterrupt, sparsehooks.SparseHooksError) as caught:
+            errors.append(f"{type(caught).__name__}: {caught}")
+    return {"forwards": forwards, "errors": errors}
+
+
+def throw(error):
+    raise error
 
 
 def end(world, state, path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import same_state
 from transformers import AutoModel
@@ -57,3 +58,22 @@ def test_ranks_that_choose_differently_stop(tmp_path):
     (first, second) = run(tmp_path, "disagree", 2)
     assert first["error"] == second["error"]
     assert "different masks" in first["error"]
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("cached"), "cache", 2)
+
+
+def test_after_the_first_epoch_no_rank_asks_its_teacher(cached):
+    assert [found["forwards"] for found in cached] == 2 * [[4, 0, 0]]
+
+
+def test_whatever_fails_on_the_first_rank_stops_the_others(cached):
+    first, second = (found["errors"] for found in cached)
+    assert first == ["OSError: disk", "KeyboardInterrupt: ", "ArtifactError: ours"]
+    assert second == [
+        "SessionError: rank 0 failed with OSError: disk",
+        "SessionError: rank 0 failed with KeyboardInterrupt: ",
+        "SessionError: ours",
+    ]

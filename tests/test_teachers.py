@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +24,13 @@ from helpers import (
     tiny_classifier,
     tiny_llama,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 import sparsehooks
 from sparsehooks import PlanError, Recipe, SessionError
+from sparsehooks.artifact.atomic import atomic_file
 from sparsehooks.teacher_cache import TeacherCache
 from sparsehooks.teachers import Teacher
 
@@ -487,7 +491,7 @@ def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(SessionError, match="version 2; upgrade"):
         losses(tiny_classifier(), cached(tmp_path, "kl"), data)
     path.write_bytes(good)
-    (path.parent / "0-0.1.tmp").write_bytes(good[:50])  # what a killed process leaves
+    (path.parent / ".0-0.safetensors.0123abcd.tmp").write_bytes(good[:50])  # what a killed process leaves
     losses(tiny_classifier(), cached(tmp_path, "kl"), data)
 
 
@@ -571,16 +575,142 @@ def test_answers_wait_in_memory_until_a_checkpoint_or_a_file_is_full(tmp_path, m
     assert not optimizer._optimizer_state_dict_pre_hooks
 
 
+def test_a_file_is_written_when_answers_get_old_or_are_wanted_again(tmp_path, monkeypatch):
+    clock, files = [0.0], []
+    monkeypatch.setattr("sparsehooks.teacher_cache.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    cache, (first, second, third, fourth) = TeacherCache(tmp_path, "0" * 32), batches(4)
+    for clock[0], batch in zip(range(0, 16, 2), 2 * (first, second, third, fourth), strict=True):
+        answer = cache.answer(batch, lambda: {"logits": torch.zeros(4, 3)})
+        assert answer.keys() & {"logits", "loss"} == {"logits"}
+        assert answer.get("loss") is None  # not what another epoch does
+        cache.flush(due=True)
+        files.append(len(list(tmp_path.rglob("*.safetensors"))))
+    assert files == [0, 0, 0, 0, 1, 1, 1, 1]
+    cache.answer(batches(5)[4], lambda: {"logits": torch.zeros(4, 3)})["logits"]
+    for clock[0], expected in ((20.0, 1), (37.9, 1), (38.1, 2)):
+        cache.flush(due=True)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == expected
+
+
+def full(tensors, path, metadata=None):
+    path.write_bytes(b"half")
+    raise SafetensorError("No space left on device")
+
+
+def test_a_full_disk_ends_the_cache_and_not_the_run(tmp_path, monkeypatch, forwards):
+    data = 3 * batches(2)
+    live = losses(tiny_classifier(), distill("kl"), data)
+    kept = cached(tmp_path, "kl")
+    losses(tiny_classifier(), kept, data[:1])
+    monkeypatch.setattr("sparsehooks.teacher_cache.save_file", full)
+    monkeypatch.setattr("sparsehooks.teacher_cache.FLUSH", 1)
+    del forwards[:]
+    with pytest.warns(UserWarning, match="cannot be written, so the run keeps no more answers: No space") as seen:
+        assert losses(tiny_classifier(), kept, data) == live
+    assert len([warning for warning in seen if "cannot be written" in str(warning.message)]) == 1
+    assert forwards == [4, 4, 4]  # what is there is still read
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_checkpoint_on_a_full_disk_is_made_without_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsehooks.teacher_cache.save_file", full)
+    model = tiny_classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sparsehooks.attach(model.train(), optimizer, cached(tmp_path, "kl"), total_steps=1):
+        step(model, optimizer, batches(1)[0])
+        with pytest.warns(UserWarning, match="keeps no more answers"):
+            assert optimizer.state_dict()["param_groups"][0]["sparsehooks"]["step"] == 1
+
+
+def test_an_output_that_a_teacher_does_not_give_is_asked_for_once(tmp_path):
+    (first, second), asked = batches(2), []
+
+    def ask():
+        asked.append(1)
+        return {"logits": torch.zeros(4, 3)}
+
+    cache = TeacherCache(tmp_path, "0" * 32)
+    assert cache.answer(first, ask).get("loss") is None
+    assert cache.answer(first, refuse).get("loss", 5) == 5
+    assert "loss" not in cache.answer(first, refuse)
+    cache.flush()
+    again = TeacherCache(tmp_path, "0" * 32)
+    with pytest.raises(KeyError, match="loss"):
+        again.answer(first, refuse)["loss"]
+    assert again.answer(second, ask).get("loss") is None  # of other inputs nobody knows
+    assert len(asked) == 2
+    with pytest.raises(KeyError, match="inside"):
+        again.answer(first, lambda: {}["inside"])["logits"]
+    with pytest.raises(AssertionError, match="asked"):
+        again.answer(first, refuse)["logits"]  # an error of the teacher is no absence
+
+
+def test_a_cache_that_moves_is_the_same_recipe(tmp_path, forwards):
+    model, (batch,) = tiny_classifier(), batches(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sparsehooks.attach(model.train(), optimizer, cached(tmp_path / "a", "kl"), total_steps=2, folder=tmp_path):
+        step(model, optimizer, batch)
+        state = copy.deepcopy(optimizer.state_dict())
+        step(model, optimizer, batch)
+    (tmp_path / "a").rename(tmp_path / "b")
+    optimizer.load_state_dict(state)
+    with sparsehooks.attach(model, optimizer, cached(tmp_path / "b", "kl"), total_steps=2, folder=tmp_path) as session:
+        assert session.step == 1
+        step(model, optimizer, batch)
+    assert forwards == [4]
+    digests = {Recipe.from_dict(recipe).digest() for recipe in (cached("a", "kl"), cached("b", "kl"), distill("kl"))}
+    assert digests == {Recipe.from_dict(distill("kl")).digest()}
+
+
 def test_the_teacher_waits_on_the_cpu_while_it_is_asked_nothing(tmp_path, monkeypatch):
     model = tiny_classifier()
     teacher = Teacher(copy.deepcopy(model), model, (), cache=tmp_path)
     moves = []
     monkeypatch.setattr(Teacher, "_move", lambda self, device: moves.append(device))
+    monkeypatch.setattr("sparsehooks.teachers.IDLE", 2)
     teacher._home = "home"
-    data = batches(2)
-    for batch in (data[0], data[0], data[0], data[1]):
-        assert teacher(batch)["logits"].shape == (4, 3)
-    assert moves == ["home", torch.device("cpu"), torch.device("cpu"), "home"]
+    known, *others = batches(5)
+    teacher(known)["logits"]
+    for batch in others[:3]:  # known and new ones take turns
+        teacher(known)["logits"]
+        teacher(batch)["logits"]
+    assert moves == 4 * ["home"]
+    for _ in range(5):
+        teacher(known)["logits"]
+    assert moves == [*4 * ["home"], torch.device("cpu")]
+    assert teacher(others[3])["logits"].shape == (4, 3)
+    assert moves[5:] == ["home"]
+
+
+def fail(path, error):
+    with atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+def test_a_file_appears_complete_or_not_at_all(tmp_path):
+    path = tmp_path / "folder" / "file"
+    with pytest.raises(KeyboardInterrupt):
+        fail(path, KeyboardInterrupt())
+    assert not list(path.parent.iterdir())
+    with atomic_file(path) as temporary:
+        save_file({"tensor": torch.zeros(1)}, temporary)
+    (path.parent / "plain").touch()
+    assert path.stat().st_mode == (path.parent / "plain").stat().st_mode
+    with pytest.raises(OSError, match="full"):
+        fail(path, OSError("full"))
+    assert torch.equal(load_file(path)["tensor"], torch.zeros(1))
+
+
+def test_what_killed_runs_left_beside_a_file_is_removed_when_it_is_old(tmp_path):
+    old, young, other = (tmp_path / name for name in (".a.01234567.tmp", ".b.89abcdef.tmp", ".mine.tmp"))
+    for path in (old, young, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", young.name, other.name}
 
 
 def test_ranks_write_files_of_their_own_and_read_those_of_others(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Writing a folder that appears complete or not at all."""
+"""Writing a file or a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +21,44 @@ WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?|(generation_)?config
 _HERE = -100
 _EXCHANGE = 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
+OLD = 86400.0
+"""Seconds after which a temporary file that nobody writes to is taken for one that a killed run left."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside ``path`` that becomes it when the block ends, or vanishes when it raises.
+
+    It is on the disk before it gets its name. Old temporary files of killed runs in the folder are removed.
+
+    Args:
+        path: the file to make or to replace; missing parents are made too.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_old(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o666
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes 0600
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync(path.parent)
+
+
+def _remove_old(folder: Path) -> None:
+    for path in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):  # another rank may be faster
+            if path.is_file() and time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
 
 
 @contextmanager

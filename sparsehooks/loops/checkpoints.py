@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsehooks.artifact.atomic import atomic_file
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.session import Session
@@ -44,11 +44,8 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    temporary = folder / f".{STATE}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
-        temporary.replace(folder / STATE)
+        with atomic_file(folder / STATE) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise SessionError(f"the state of the run cannot be kept in '{folder}': {error}") from error
