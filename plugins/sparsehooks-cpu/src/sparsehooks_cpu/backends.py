@@ -75,7 +75,7 @@ class Unstructured(_Sparse):
 
 
 class Pair(_Sparse):
-    """Linear layers whose weights are zero in blocks of 1x2 (``pattern = {use = "block", ...}``), in bfloat16.
+    """Linear layers whose weights are zero in blocks of 1x2 (pattern ``block``, of height 1 and width 2), in bfloat16.
 
     Weights and inputs of float32 layers are rounded to bfloat16; products are added in float32 (AVX512-BF16).
     """
