@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 - hatchling looks for it here
 """Compiles the kernels into the package, beside their source; without a compiler the package has none, and says so."""
 
 from __future__ import annotations

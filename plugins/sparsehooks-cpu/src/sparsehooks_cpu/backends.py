@@ -24,7 +24,7 @@ class _Sparse(Backend):
     kernel: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     block: ClassVar[int]
-    needs: ClassVar[str] = "a CPU"
+    feature: ClassVar[str] = ""
 
     def _refusal(self, layer: nn.Linear, device: torch.device) -> str | None:
         """Why not, as far as it is seen without looking at the weight's numbers."""
@@ -32,7 +32,7 @@ class _Sparse(Backend):
             return f"its kernels run on CPUs, not on {device.type}"
         if layer.weight.dtype not in self.dtypes:
             return f"its weight is {layer.weight.dtype}, not {' or '.join(map(str, self.dtypes))}"
-        return problem(self.kernel, self.needs)
+        return problem(self.kernel, self.feature)
 
     def _dense(self, blocks: Tensor) -> str | None:
         """Why not, where the weight has too few zeros."""
@@ -83,7 +83,7 @@ class Pair(_Sparse):
     kernel = "bfloat16"
     dtypes = (torch.bfloat16, torch.float32)
     block = 2
-    needs = "avx512_bf16"
+    feature = "avx512_bf16"
 
     def supports(self, layer: nn.Linear, device: torch.device) -> Support:
         """Yes if at least a quarter of the blocks is zero; exact where the layer is in bfloat16."""
@@ -109,7 +109,7 @@ class Quad(_Sparse):
     kernel = "int8"
     dtypes = (torch.float32,)
     block = 4
-    needs = "avx512_vnni"
+    feature = "avx512_vnni"
 
     def supports(self, layer: nn.Linear, device: torch.device) -> Support:
         """Yes for float32 weights on such a grid, of whose blocks at least a quarter is zero."""

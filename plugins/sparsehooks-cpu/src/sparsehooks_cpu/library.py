@@ -117,17 +117,17 @@ def _folder() -> Path:
     return Path(__file__).parent
 
 
-def problem(kernel: str, needs: str) -> str | None:
+def problem(kernel: str, feature: str) -> str | None:
     """Why a kernel is not there, in a few words.
 
     Args:
         kernel: its name.
-        needs: what the CPU must have for it.
+        feature: what a CPU must have for it.
     """
     found = library()
     if found.problem:
         return f"the kernels are off: {found.problem}"
-    return None if kernel in found.kernels else f"it needs {needs}, and the kernels for {found.variant} have none"
+    return None if kernel in found.kernels else f"it needs {feature}, and the kernels for {found.variant} have none"
 
 
 def multiply(kernel: str, packed: Packed, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use

@@ -57,5 +57,10 @@ def interleave(units: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     values[places] = sorted_rows[kept]
     columns[places] = kept % PANEL
     starts = slices[:: ROWS // LANES].copy()
-    found = values, columns, rows.astype(np.uint8), counts.astype(np.uint8), starts
-    return tuple(torch.from_numpy(part) for part in found)
+    return (
+        torch.from_numpy(values),
+        torch.from_numpy(columns),
+        torch.from_numpy(rows.astype(np.uint8)),
+        torch.from_numpy(counts.astype(np.uint8)),
+        torch.from_numpy(starts),
+    )
