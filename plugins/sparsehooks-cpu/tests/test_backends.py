@@ -1,6 +1,5 @@
 """The backends as a user meets them."""
 
-import ctypes
 import logging
 import os
 import subprocess
@@ -202,15 +201,13 @@ class TestLibrary:
         nn.init.zeros_(layer.weight)
         backend = Unstructured()
         packed = backend.pack(layer)
-        monkeypatch.setitem(module.library().kernels, "float32", ctypes.CFUNCTYPE(ctypes.c_int)(lambda *_: 0))
+        monkeypatch.setitem(module.library().kernels, "float32_float32", lambda *_: 0)
         with pytest.raises(MemoryError, match="there is no memory for the inputs of 3 tokens"):
             backend.run(packed, torch.zeros(3, 8))
 
 
 def test_importing_the_plugin_is_light():
     code = "import sys, sparsehooks_cpu; print([name for name in ('torch', 'numpy') if name in sys.modules])"
-    path = os.pathsep.join([str(module._folder().parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": path}
-    )
+    environment = {"PYTHONPATH": os.pathsep.join([str(module._folder().parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.strip() == "[]", done.stderr

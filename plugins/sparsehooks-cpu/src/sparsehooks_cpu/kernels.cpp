@@ -62,9 +62,10 @@ struct Weights {
 namespace {
 
 constexpr int LANES = 16, ROWS = 256, PANEL = 96;
-constexpr int FEW = 8;       // so many tokens are looked up in, not transposed
-constexpr int MOST = WIDTH == 16 ? 32 : 64;  // tokens that one pass over a tile serves; all sums are in registers
-constexpr int64_t CHUNK = 1024;  // tokens whose inputs are kept transposed at a time
+constexpr int FEW = WIDTH == 32 ? 2 : 4;       // so many tokens are looked up in, not transposed; measured
+constexpr int MOST = WIDTH == 16 ? 32 : 64;    // tokens that one pass over a tile serves; all sums are in registers
+constexpr int64_t CHUNK = 1024;                // tokens whose inputs are kept transposed at a time
+constexpr int64_t SMALL = 1 << 16;             // with fewer units times 16 tokens, waiting for threads takes longer
 
 constexpr int L = WIDTH / 4;
 typedef uint32_t Units __attribute__((vector_size(WIDTH)));
@@ -91,11 +92,18 @@ inline T load_some(const void* from, int64_t count) {
   return found;
 }
 
-template <class T>
-inline void store_some(void* to, T value, int64_t count) {
+inline void store_some(float* to, Floats value, int64_t count) {
   if (count >= L) return store(to, value);
   std::memcpy(to, &value, 4 * count);
 }
+
+#if defined(__AVX512BF16__)
+inline void store_some(uint16_t* to, Floats value, int64_t count) {
+  __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+  if (count >= L) return store(to, rounded);
+  std::memcpy(to, &rounded, 2 * count);
+}
+#endif
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -131,6 +139,7 @@ struct Grid {
 };
 
 struct Float32 {
+  typedef float Number;               // of inputs and outputs
   static constexpr int features = 1;  // of a unit
 
   static Units multiply(Units sum, Units input, Units weight) { return (Units)((Floats)sum + (Floats)input * (Floats)weight); }
@@ -161,10 +170,18 @@ struct BFloat16Pairs : Float32 {
     }
   }
 };
+
+// The same between layers that are in bfloat16 themselves.
+struct BFloat16Throughout : BFloat16Pairs {
+  typedef uint16_t Number;
+
+  static void encode(const uint16_t* input, int64_t count, uint32_t* units, Grid&) { std::memcpy(units, input, 2 * count); }
+};
 #endif
 
 #if defined(__AVX512VNNI__)
 struct Int8Quads {
+  typedef float Number;
   static constexpr int features = 4;
 
   static Units multiply(Units sum, Units input, Units weight) {
@@ -225,14 +242,15 @@ inline Tile tile_of(const Weights& weights, int64_t index) {
 // inputs [PANEL][TOKENS] to sums [ROWS][TOKENS], which are overwritten (first) or added to.
 template <class Kernel, int TOKENS>
 void multiply_many(Tile tile, const uint32_t* inputs, uint32_t* sums, bool first) {
-  constexpr int N = TOKENS / L;                // vectors of a row
+  constexpr int N = TOKENS / L;         // vectors of a row
+  constexpr int U = N == 1 ? 2 : 1;     // sums of each, as a single one would wait for the product before
   for (int slice = 0; slice < ROWS; slice += LANES) {
     int longest = tile.counts[slice];
     for (int lane = 0; lane < LANES; lane++) {
       uint32_t* to = sums + (int64_t)tile.rows[slice + lane] * TOKENS;
-      Units sum[N]{};
+      Units sum[U][N]{};
       if (!first)
-        for (int n = 0; n < N; n++) sum[n] = load<Units>(to + n * L);
+        for (int n = 0; n < N; n++) sum[0][n] = load<Units>(to + n * L);
       // of the next sixteen rows, and of the next panel
       __builtin_prefetch(tile.values + (longest + 2 * lane) * LANES);
       __builtin_prefetch(tile.values + (longest + 2 * lane + 1) * LANES);
@@ -240,16 +258,22 @@ void multiply_many(Tile tile, const uint32_t* inputs, uint32_t* sums, bool first
       __builtin_prefetch(inputs + PANEL * TOKENS + (slice + lane) * (PANEL * TOKENS / ROWS), 0, 2);
       const uint32_t* value = tile.values + lane;
       const uint8_t* column = tile.columns + lane;
-      for (const uint32_t* end = value + tile.counts[slice + lane] * LANES; value < end;) {
+      const uint32_t* end = value + tile.counts[slice + lane] * LANES;
+      for (; value + (U - 1) * LANES < end; value += U * LANES, column += U * LANES)
+#pragma GCC unroll 2
+        for (int u = 0; u < U; u++) {
+          const uint32_t* from = inputs + (uint32_t)column[u * LANES] * TOKENS;
+          Units weight = Units{} + value[u * LANES];
+#pragma GCC unroll 16
+          for (int n = 0; n < N; n++) sum[u][n] = Kernel::multiply(sum[u][n], load<Units>(from + n * L), weight);
+        }
+      if (U > 1 && value < end) {  // a last one
         const uint32_t* from = inputs + (uint32_t)*column * TOKENS;
         Units weight = Units{} + *value;
-#pragma GCC unroll 16
-        for (int n = 0; n < N; n++) sum[n] = Kernel::multiply(sum[n], load<Units>(from + n * L), weight);
-        value += LANES;
-        column += LANES;
+        for (int n = 0; n < N; n++) sum[1][n] = Kernel::multiply(sum[1][n], load<Units>(from + n * L), weight);
       }
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) store(to + n * L, sum[n]);
+      for (int n = 0; n < N; n++) store(to + n * L, U > 1 ? Kernel::add(sum[0][n], sum[1][n]) : sum[0][n]);
     }
     tile.values += longest * LANES;
     tile.columns += longest * LANES;
@@ -309,9 +333,11 @@ inline Block block_of(int64_t token, int64_t left) {
 
 template <class Kernel>
 struct Product {
+  typedef typename Kernel::Number Number;
+
   const Weights& weights;
-  const float* inputs;
-  float* outputs;
+  const Number* inputs;
+  Number* outputs;
   int64_t tokens;
   int64_t panels = divide_up(divide_up(weights.in_features, Kernel::features), PANEL);
   int64_t row_blocks = divide_up(weights.out_features, ROWS);
@@ -322,7 +348,7 @@ struct Product {
     int count = std::clamp(block.count - first, 0, LANES);
     uint32_t* rows = block.width ? scratch : block.inputs;
     for (int i = 0; i < count; i++) {
-      const float* from = inputs + (block.token + first + i) * weights.in_features;
+      const Number* from = inputs + (block.token + first + i) * weights.in_features;
       std::memset(rows + (i + 1) * columns - PANEL, 0, 4 * PANEL);
       Kernel::encode(from, weights.in_features, rows + i * columns, grids[block.token + first + i]);
     }
@@ -374,6 +400,7 @@ struct Product {
 
   // False if there is no memory.
   bool run(int threads) const {
+    if (weights.starts[row_blocks * panels] * divide_up(tokens, 16) < SMALL) threads = 1;
     int64_t chunk = std::min(tokens, CHUNK), scratch = std::max<int64_t>(LANES * columns, MOST * ROWS);
     int64_t padded = divide_up(chunk, MOST) * MOST;
     int64_t bytes = 4 * (padded * columns + threads * scratch);
@@ -404,7 +431,7 @@ struct Product {
           if (first < std::max(block.width, 1)) prepare(block, first, own, grids.get());
         }
         // rows may hold very different numbers of weights, so who is done takes the next ones
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < count * row_blocks; i++)
           multiply(blocks[i / row_blocks], i % row_blocks, own, grids.get());
       }
@@ -414,8 +441,9 @@ struct Product {
 };
 
 template <class Kernel>
-int run(const Weights* weights, const float* inputs, float* outputs, int64_t tokens, int threads) {
-  return Product<Kernel>{*weights, inputs, outputs, tokens}.run(threads);
+int run(const Weights* weights, const void* inputs, void* outputs, int64_t tokens, int threads) {
+  typedef typename Kernel::Number Number;
+  return Product<Kernel>{*weights, (const Number*)inputs, (Number*)outputs, tokens}.run(threads);
 }
 
 }  // namespace
@@ -425,20 +453,19 @@ extern "C" {
 // What the Python code has to agree with: the version of this interface, ROWS, PANEL, LANES.
 int64_t sparsehooks_layout[4] = {1, ROWS, PANEL, LANES};
 
-// inputs (tokens, in_features) to outputs (tokens, out_features), both contiguous; 0 if there is no memory.
-int sparsehooks_float32(const Weights* weights, const float* inputs, float* outputs, int64_t tokens, int threads) {
-  return run<Float32>(weights, inputs, outputs, tokens, threads);
-}
+// inputs (tokens, in_features) to outputs (tokens, out_features), both contiguous; 0 if there is no memory. The name says
+// what is multiplied, and of which dtype inputs and outputs are.
+#define DEFINE(NAME, KERNEL)                                                                                          \
+  int sparsehooks_##NAME(const Weights* weights, const void* inputs, void* outputs, int64_t tokens, int threads) {    \
+    return run<KERNEL>(weights, inputs, outputs, tokens, threads);                                                    \
+  }
 
+DEFINE(float32_float32, Float32)
 #if defined(__AVX512BF16__)
-int sparsehooks_bfloat16(const Weights* weights, const float* inputs, float* outputs, int64_t tokens, int threads) {
-  return run<BFloat16Pairs>(weights, inputs, outputs, tokens, threads);
-}
+DEFINE(bfloat16_float32, BFloat16Pairs)
+DEFINE(bfloat16_bfloat16, BFloat16Throughout)
 #endif
-
 #if defined(__AVX512VNNI__)
-int sparsehooks_int8(const Weights* weights, const float* inputs, float* outputs, int64_t tokens, int threads) {
-  return run<Int8Quads>(weights, inputs, outputs, tokens, threads);
-}
+DEFINE(int8_float32, Int8Quads)
 #endif
 }

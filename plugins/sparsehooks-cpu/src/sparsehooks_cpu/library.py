@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ VARIABLE = "SPARSEHOOKS_CPU_VARIANT"
 """An environment variable that names the variant to take, in place of the best that the CPU can run."""
 LAYOUT = (1, ROWS, PANEL, LANES)
 """What the library has to agree with: the version of its interface, and the order of packed weights."""
-KERNELS = ("float32", "bfloat16", "int8")
+KERNELS = ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16", "int8_float32")
+"""What is multiplied, and the dtype of inputs and outputs."""
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def _load() -> Library:
     for name in KERNELS:
         if hasattr(loaded, f"sparsehooks_{name}"):
             kernel = getattr(loaded, f"sparsehooks_{name}")
-            kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+            kernel.argtypes = [ctypes.POINTER(_Weights), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             kernels[name] = kernel
     return Library(chosen, kernels)
 
@@ -121,20 +122,24 @@ def problem(kernel: str, feature: str) -> str | None:
     """Why a kernel is not there, in a few words.
 
     Args:
-        kernel: its name.
+        kernel: what is multiplied.
         feature: what a CPU must have for it.
     """
     found = library()
     if found.problem:
         return f"the kernels are off: {found.problem}"
-    return None if kernel in found.kernels else f"it needs {feature}, and the kernels for {found.variant} have none"
+    return (
+        None
+        if f"{kernel}_float32" in found.kernels
+        else f"it needs {feature}, and the kernels for {found.variant} have none"
+    )
 
 
 def multiply(kernel: str, packed: Packed, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
     """The outputs of a layer, by as many threads as torch takes.
 
     Args:
-        kernel: a name in ``library().kernels``.
+        kernel: what is multiplied: float32, bfloat16 or int8.
         packed: the weight.
         input: (..., in_features).
 
@@ -143,11 +148,15 @@ def multiply(kernel: str, packed: Packed, input: Tensor) -> Tensor:  # noqa: A00
     """
     if input.shape[-1] != packed.in_features:
         raise ValueError(f"the layer takes {packed.in_features} features, got inputs of shape {tuple(input.shape)}")
-    rows = input.detach().reshape(-1, packed.in_features).to(torch.float32).contiguous()
-    outputs = rows.new_empty(len(rows), packed.out_features)
-    pointers = [part.data_ptr() if isinstance(part, Tensor) else part for part in packed]
-    made: Any = _Weights(*pointers)
-    threads = torch.get_num_threads()
-    if not library().kernels[kernel](ctypes.byref(made), rows.data_ptr(), outputs.data_ptr(), len(rows), threads):
+    kernels, native = library().kernels, f"{kernel}_{input.dtype}".replace("torch.", "")
+    rows = input if input.dim() == 2 else input.reshape(-1, packed.in_features)
+    if native not in kernels:
+        native, rows = f"{kernel}_float32", rows.to(torch.float32)
+    rows = rows.contiguous()
+    found = rows.new_empty(len(rows), packed.out_features)
+    weights = _Weights(*[part.data_ptr() if isinstance(part, Tensor) else part for part in packed])
+    if not kernels[native](weights, rows.data_ptr(), found.data_ptr(), len(rows), torch.get_num_threads()):
         raise MemoryError(f"there is no memory for the inputs of {len(rows)} tokens")
-    return outputs.reshape(*input.shape[:-1], packed.out_features).to(input.dtype)
+    if input.dim() != 2:
+        found = found.reshape(*input.shape[:-1], packed.out_features)
+    return found.to(input.dtype)
