@@ -6,9 +6,9 @@ All variants of a layer take turns in each round, and a ratio is the median of t
 measured by its own CPU time, several by the wall clock. Peers: ``stock`` is F.linear in float32; ``packed`` is oneDNN
 with weights that were reordered before, in float32 or, for pairs, bfloat16; ``int8`` is FBGEMM or oneDNN with inputs
 rounded to 8 bits. Operations are two for each weight that is not zero and token; bytes are those of the packed weight,
-inputs and outputs, once. What the machine can do is measured in the same run: additions and products of float32
-vectors in registers (the peak; twice that of bfloat16 and four times of int8), the same with each vector of inputs loaded
-from the first cache, as a weight that may be anywhere needs it, and a copy of 64 MB.
+inputs and outputs, once. What the machine can do is measured in the same run: products and sums of float32 vectors in
+registers (the peak; twice that of bfloat16 and four times of int8), the same where each vector comes from the first
+cache, as the inputs of a weight that may be anywhere do, and a copy of 64 MB.
 """
 
 from __future__ import annotations

@@ -148,10 +148,13 @@ struct Float32 {
 
   static void encode(const float* input, int64_t count, uint32_t* units, Grid&) { std::memcpy(units, input, 4 * count); }
 
-  // The outputs of rows that lie beside each other, for one token.
-  static Floats decode(Units sum, const Weights& weights, int64_t row, int64_t count, const Grid&) {
-    return (Floats)sum + load_some<Floats>(weights.bias + row, count);
-  }
+  // What is needed of rows that lie beside each other, for the outputs of any token.
+  struct Rows {
+    Floats bias;
+    Rows(const Weights& weights, int64_t row, int64_t count) : bias(load_some<Floats>(weights.bias + row, count)) {}
+  };
+
+  static Floats decode(Units sum, const Rows& rows, const Grid&) { return (Floats)sum + rows.bias; }
 };
 
 #if defined(__AVX512BF16__)
@@ -216,11 +219,18 @@ struct Int8Quads {
     }
   }
 
-  static Floats decode(Units sum, const Weights& weights, int64_t row, int64_t count, const Grid& grid) {
-    // the inputs were codes - zero
-    Units corrected = sum - grid.zero * load_some<Units>(weights.sums + row, count);
-    Floats scales = load_some<Floats>(weights.scales + row, count) * grid.scale;
-    return (Floats)_mm512_cvtepi32_ps((__m512i)corrected) * scales + load_some<Floats>(weights.bias + row, count);
+  struct Rows : Float32::Rows {
+    Units sums;
+    Floats scales;
+    Rows(const Weights& weights, int64_t row, int64_t count)
+        : Float32::Rows(weights, row, count),
+          sums(load_some<Units>(weights.sums + row, count)),
+          scales(load_some<Floats>(weights.scales + row, count)) {}
+  };
+
+  static Floats decode(Units sum, const Rows& rows, const Grid& grid) {
+    __m512 whole = _mm512_cvtepi32_ps((__m512i)(sum - grid.zero * rows.sums));  // as inputs were codes - zero
+    return (Floats)whole * (rows.scales * grid.scale) + rows.bias;
   }
 };
 #endif
@@ -379,23 +389,26 @@ struct Product {
         default: multiply_many<Kernel, MOST>(tile, from, sums, !panel);
       }
     }
-    auto put = [&](Units sum, int token, int64_t at) {
-      int64_t to = block.token + token;
-      Floats found = Kernel::decode(sum, weights, row + at, count - at, grids[to]);
-      store_some(outputs + to * weights.out_features + row + at, found, count - at);
-    };
-    if (!block.width) {
-      for (int i = 0; i < block.count; i++)
-        for (int64_t at = 0; at < count; at += L) put(load<Units>(sums + i * ROWS + at), i, at);
-      return;
+    for (int64_t at = 0; at < count; at += L) {
+      typename Kernel::Rows rows(weights, row + at, count - at);
+      Number* to = outputs + block.token * weights.out_features + row + at;
+      const Grid* grid = grids + block.token;
+      auto put = [&](Units sum, int i) {
+        store_some(to + i * weights.out_features, Kernel::decode(sum, rows, grid[i]), count - at);
+      };
+      if (!block.width)
+        for (int i = 0; i < block.count; i++) put(load<Units>(sums + i * ROWS + at), i);
+      else
+        for (int i = 0; i < block.count; i += L) {
+          Units square[L];
+#pragma GCC unroll 16
+          for (int j = 0; j < L; j++) square[j] = load<Units>(sums + (at + j) * block.width + i);
+          transpose(square);
+#pragma GCC unroll 16
+          for (int j = 0; j < L; j++)
+            if (i + j < block.count) put(square[j], i + j);
+        }
     }
-    for (int i = 0; i < block.count; i += L)
-      for (int64_t at = 0; at < count; at += L) {
-        Units square[L];
-        for (int j = 0; j < L; j++) square[j] = load<Units>(sums + (at + j) * block.width + i);
-        transpose(square);
-        for (int j = 0; j < std::min(L, block.count - i); j++) put(square[j], i + j, at);
-      }
   }
 
   // False if there is no memory.
