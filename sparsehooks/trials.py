@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,12 +122,8 @@ class Trial:
         lanes = fastest(speeds)
         for key in usable:
             if not any(lane.backend == key for lane in lanes):
-                best = max((found[key] for found in speeds.values()), default=None)
-                self._reasons[key] = (
-                    "the example does not reach the layer"
-                    if best is None
-                    else f"it is not the fastest, at best {best:.2f} times as fast as torch"
-                )
+                why = f"it is nowhere the fastest, or not {MARGIN:g} times as fast as torch"
+                self._reasons[key] = why if counts else "the example does not reach the layer"
         return self._settle(lanes, speeds)
 
     def _usable(self) -> list[str]:
@@ -196,19 +193,15 @@ def fastest(speeds: Mapping[int, Mapping[str, float]]) -> list[Lane]:
 
     Between two numbers that were timed, what is the fastest by the slower of its two ratios; below the first, torch.
     """
-    lanes: list[Lane] = []
     counts = sorted(speeds)
-    for count, following in zip(counts, [*counts[1:], None], strict=True):
-        here = speeds[count]
-        if not lanes and count > 1:
-            lanes.append(Lane(count - 1, None))
+    lanes = [Lane(counts[0] - 1, None)] if counts and counts[0] > 1 else []
+    for count, following in itertools.pairwise(counts):
+        here, there = speeds[count], speeds[following]
         lanes.append(Lane(count, _best(here)))
-        if following is None:
-            lanes.append(Lane(math.inf, _best(here)))
-        elif following > count + 1:
-            both = {key: min(here[key], speeds[following][key]) for key in here}
-            lanes.append(Lane(following - 1, _best(both)))
-    return [lane for lane, after in zip(lanes, [*lanes[1:], None], strict=True) if not after or after[1] != lane[1]]
+        if following > count + 1:
+            lanes.append(Lane(following - 1, _best({key: min(here[key], there[key]) for key in here})))
+    lanes += [Lane(math.inf, _best(speeds[count])) for count in counts[-1:]]
+    return [lane for lane, after in itertools.pairwise(lanes) if after[1] != lane[1]] + lanes[-1:]
 
 
 def _best(ratios: Mapping[str, float]) -> str | None:

@@ -229,3 +229,18 @@ def test_recipes_are_listed_and_printed(inside):
     assert {"rigl", "wanda", "movement"} <= {row["name"] for row in rows}
     assert 'grow = { use = "gradient"' in inside("recipes", "rigl").out
     assert "did you mean 'rigl'" in inside("recipes", "rigll", status=2).err
+
+
+def test_bench_times_every_layer(folder, inside):
+    found = json.loads(inside("bench", folder / "sparse", "--json").out)
+    assert "torch" in found["machine"]
+    layer = found["layers"]["encoder.layer.0.intermediate.dense"]
+    assert (layer["shape"], layer["dtype"], round(layer["sparsity"], 2)) == ([128, 64], "float32", 0.8)
+    assert list(layer["speeds"]) == ["1", "16", "128", "512"]
+    assert layer["speeds"]["1"]["dense_packed"] > 0
+    assert layer["lanes"][-1][0] is None
+    assert "it rounds what the model does not round" in layer["reasons"]["int8"]
+    shown = inside("bench", folder / "sparse").out
+    assert "128 tokens" in shown
+    assert "int8, 13 of 13 layers: it rounds what the model does not round; name it to use it all the same" in shown
+    assert "the model cannot go to 'warp'" in inside("bench", folder / "sparse", "--device", "warp", status=2).err

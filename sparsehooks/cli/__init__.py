@@ -9,6 +9,7 @@ import typer
 
 from sparsehooks import __version__
 from sparsehooks.cli import (
+    bench,
     check,
     components,
     compress,
@@ -41,6 +42,7 @@ for module in (
     verify,
     decompress,
     export,
+    bench,
     check,
     recipes,
     plugins,
