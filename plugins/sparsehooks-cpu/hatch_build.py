@@ -44,8 +44,7 @@ def compile_kernels() -> str | None:
 
     def build(name: str, flags: tuple[str, ...]) -> str | None:
         out = PACKAGE / variants["file"](name)
-        out.unlink(missing_ok=True)
-        made = out.with_name(f".{out.name}.{os.getpid()}")
+        made = out.with_name(f".{os.getpid()}.{out.name}")  # others may be reading it
         for threads in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
             command = [*compiler.split(), *FLAGS, *flags, *threads, str(PACKAGE / "kernels.cpp"), "-o", str(made)]
             try:
@@ -55,6 +54,7 @@ def compile_kernels() -> str | None:
             if done.returncode == 0:
                 made.replace(out)
                 return None
+        out.unlink(missing_ok=True)
         return next((line for line in done.stderr.splitlines() if "error" in line), f"{compiler} failed")
 
     wanted = variants["of"](platform.machine())
