@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsehooks.components import Backend
 from sparsehooks.errors import SessionError
-from sparsehooks.sites import Sparse, inner
+from sparsehooks.sites import Sparse, SparseInput, inner
 
 
 class Lane(NamedTuple):
@@ -70,11 +70,11 @@ class Engine:
         """Forget what is packed."""
         self._packed = {}
 
-    @torch.no_grad()
     def run(self, backend: str, inputs: Tensor) -> Tensor:
-        """The layer's outputs, without gradients."""
+        """The layer's outputs; to be called without gradients."""
         layer: Any = self._layer()
-        stamp = _stamp(layer.weight), layer.bias is not None and _stamp(layer.bias)
+        weight, bias = layer.weight, layer.bias
+        stamp = _stamp(weight), bias is None or _stamp(bias)
         if stamp != self._stamp:
             self._packed, self._stamp = {}, stamp
         if backend not in self._packed:
@@ -82,7 +82,7 @@ class Engine:
         packed, runner = self._packed[backend], self.backends[backend]
         if packed is None:
             return cast(Tensor, original(layer).forward(layer, inputs))
-        if not runner.rounds_inputs and hasattr(layer, "_sparsehooks_incoming"):
+        if not runner.rounds_inputs and issubclass(type(layer), SparseInput):
             inputs = layer._sparsehooks_incoming(inputs)
         return runner.run(packed, inputs)
 
@@ -109,18 +109,19 @@ class Accelerated:
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
         layer: Any = self
+        engine, features = self._sparsehooks_engine, layer.in_features
+        backend = choose(engine.lanes, input.numel() // features)
+        # torch also says what is wrong with inputs that do not fit
+        if backend is None or not input.dim() or input.shape[-1] != features:
+            return super().forward(input)  # type: ignore[misc,no-any-return]
         found: Tensor
-        engine, (outputs, features) = self._sparsehooks_engine, layer.weight.shape
-        backend = None
-        if input.dim() and input.shape[-1] == features:  # of others, torch says what is wrong with them
-            backend = choose(engine.lanes, input.numel() // features)
-        if backend is None:
-            found = super().forward(input)  # type: ignore[misc]
-            return found
         if torch.compiler.is_compiling():  # to the compiler, every backend is one operation
-            found = _run(input.detach(), engine.key, backend, outputs)
+            found = _run(input.detach(), engine.key, backend, layer.out_features)
+        elif not torch.is_grad_enabled():
+            return engine.run(backend, input)
         else:
-            found = engine.run(backend, input)
+            with torch.no_grad():
+                found = engine.run(backend, input)
         if torch.is_grad_enabled():
             asking = [t for t in (input, layer.weight, layer.bias) if t is not None and t.requires_grad]
             if asking:
@@ -200,7 +201,7 @@ def _stamp(tensor: Tensor) -> tuple[int, int]:
 
 @torch.library.custom_op("sparsehooks::run", mutates_args=())
 def _run(inputs: Tensor, key: int, backend: str, features: int) -> Tensor:  # noqa: ARG001 - the fake one needs it
-    return _ENGINES[key].run(backend, inputs)
+    return _ENGINES[key].run(backend, inputs).contiguous()  # as the fake one says
 
 
 @_run.register_fake

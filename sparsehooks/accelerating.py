@@ -53,7 +53,8 @@ def accelerate_model(
 ) -> Verdicts:
     """Let backends run the layers of a finished model, in place and for inference only.
 
-    Weights stay dense in the model, which is saved, moved and copied like any other; ``restore_model`` undoes this.
+    Weights stay dense in the model, which is saved, moved and copied like any other; what backends make of them lies
+    beside them in memory. ``restore_model`` undoes this.
     Each layer's outputs are compared with torch's before a backend may run it. Where a backend rounds what enters a
     layer, a grid that the model has there (``activation = "int8"``) gives way; thresholds stay. Change weights before
     this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed.
@@ -63,7 +64,8 @@ def accelerate_model(
         backend: the name of one, which then runs every layer that it can, at any speed; or ``"auto"``: those of all
             plugins are timed against torch, and of them the fastest runs a layer, for each number of tokens, if it is
             3 % faster than torch. One that rounds is only tried where the model rounds the layer's input already.
-            What was timed on this machine before is not timed again.
+            What was timed on this machine before (``sparsehooks/speeds.json`` in the user's cache folder) is not timed
+            again. To look up who runs an input takes half a microsecond, also where that is torch.
         example: a batch, as the model takes it. Only the numbers of tokens that it sends through a layer are timed,
             and fewer run dense; without it these are 1, 16, 128 and 512.
         targets: which layers, as in a recipe.
@@ -108,15 +110,23 @@ def judge(
     counts = None if backend != AUTO else _counts(model, layers, example)
     verdicts = Verdicts()
     for name, layer in layers.items():
-        trial = Trial(name, layer, candidates, speeds, timed=counts is not None)
+        parents = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]
+        trial = Trial(name, layer, candidates, speeds, timed=counts is not None, unfit=_nested(parents))
         verdicts[name] = trial.named() if counts is None else trial.timed(counts[name])
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        if isinstance(parents[-1], nn.TransformerEncoderLayer):
             be_called(layer)
     speeds.save()
     if backend != AUTO and len(verdicts.stays) == len(layers):
         name, reasons = next(iter(verdicts.stays.items()))
         raise PlanError([f"'{backend}' can run none of the {len(layers)} layers; '{name}': {reasons[backend]}"])
     return verdicts
+
+
+def _nested(parents: Sequence[nn.Module]) -> str | None:
+    """Why a layer of torch's own encoder stays: that makes nested tensors of padded inputs, and then reads weights."""
+    if any(isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor for parent in parents):
+        return "nn.TransformerEncoder may read its weight and not call it; build it with enable_nested_tensor=False"
+    return None
 
 
 def _candidates(catalog: Catalog, backend: str) -> dict[str, Candidate]:

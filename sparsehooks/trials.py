@@ -24,6 +24,8 @@ DENSE = "dense"
 """What torch's own layer is called."""
 MARGIN = 1.03
 """How many times as fast as torch a backend has to be."""
+CHECKED = (1, 5, 70)
+"""For how many tokens outputs are compared: kernels differ by size."""
 INEXACT = 0.05
 """How far outputs may lie from torch's where a backend rounds, as a share of their norm; 7 bits give 0.02."""
 
@@ -40,7 +42,7 @@ class Verdict:
     """Who runs a layer, and why.
 
     Attributes:
-        shape: of the weight, (outputs, inputs).
+        shape: of the weight, (outputs, inputs) of a Linear.
         dtype: of the weight.
         sparsity: the share of zeros in it.
         lanes: (most, backend): who runs inputs of up to so many tokens, in ascending order; None is torch.
@@ -48,7 +50,7 @@ class Verdict:
         reasons: why others do not run the layer, by the name of the backend.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     sparsity: float
     lanes: tuple[Lane, ...] = ()
@@ -63,32 +65,42 @@ class Verdict:
 class Trial:
     """A layer, and the backends that may run it.
 
+    Compares their outputs with torch's at once; ``named`` or ``timed`` then says who runs the layer.
+
     Args:
         name: of the layer.
         layer: not swapped.
         candidates: the backends by name.
         speeds: what is known, and remembers.
         timed: whether backends that round are left out where the model does not round.
+        unfit: why none may run it, if that is known.
     """
 
     @torch.no_grad()
     def __init__(
-        self, name: str, layer: nn.Module, candidates: Mapping[str, Candidate], speeds: Speeds, *, timed: bool
+        self,
+        name: str,
+        layer: nn.Module,
+        candidates: Mapping[str, Candidate],
+        speeds: Speeds,
+        *,
+        timed: bool,
+        unfit: str | None = None,
     ) -> None:
         self._layer: Any = layer
         self._candidates, self._speeds = candidates, speeds
         self._reasons: dict[str, str] = {}
-        unfit = _unfit(layer)
+        unfit = unfit or _unfit(layer)
         self._weight = cast(Tensor, layer.weight)
         self._sparsity = 0.0 if unfit else 1 - int(self._weight.count_nonzero()) / self._weight.numel()
         site = vars(layer).get("_sparsehooks_site")
         self._site = "" if site is None else site.use
         rounds = site is not None and site.component.rounds
         supports: dict[str, Support] = {}
+        if unfit is not None:
+            self._reasons = dict.fromkeys(candidates, unfit)
+            return
         for key, (_, backend) in candidates.items():
-            if unfit is not None:
-                self._reasons[key] = unfit
-                continue
             with self._failing(key):
                 supports[key] = backend.supports(bare(layer), self._weight.device)
                 if not supports[key].ok:
@@ -99,7 +111,8 @@ class Trial:
         self._engine = cast(Engine, layer._sparsehooks_engine)
         for key in self._usable():
             with self._failing(key):
-                if (why := self._differs(key, exact=supports[key].exact)) is not None:
+                differ = (self._differs(key, tokens, exact=supports[key].exact) for tokens in CHECKED)
+                if (why := next(filter(None, differ), None)) is not None:
                     self._reasons[key] = why
 
     def named(self) -> Verdict:
@@ -142,9 +155,9 @@ class Trial:
         made = torch.randn(tokens, self._weight.shape[1], generator=generator)
         return made.to(self._weight.device, self._weight.dtype)
 
-    def _differs(self, key: str, *, exact: bool) -> str | None:
+    def _differs(self, key: str, tokens: int, *, exact: bool) -> str | None:
         """Whether the outputs are others than torch's."""
-        layer, inputs = self._layer, self._inputs(5)
+        layer, inputs = self._layer, self._inputs(tokens)
         found = self._engine.run(key, inputs)
         # one that rounds takes the place of the grid that torch's layer may have
         expected = original(layer).forward(layer, inputs) if exact else F.linear(inputs, layer.weight, layer.bias)
@@ -183,9 +196,8 @@ class Trial:
             self._engine.settle(lanes)
         else:
             unswap(self._layer)
-        rows, columns = self._weight.shape
         dtype = str(self._weight.dtype).removeprefix("torch.")
-        return Verdict((rows, columns), dtype, self._sparsity, tuple(lanes), speeds, self._reasons)
+        return Verdict(tuple(self._weight.shape), dtype, self._sparsity, tuple(lanes), speeds, self._reasons)
 
 
 def fastest(speeds: Mapping[int, Mapping[str, float]]) -> list[Lane]:

@@ -263,17 +263,20 @@ def test_layers_that_are_no_plain_ones_stay():
             "offloaded": nn.Linear(8, 8),
             "meta": nn.Linear(8, 8, device="meta"),
             "attention": nn.MultiheadAttention(8, 2),
+            "image": nn.Conv2d(3, 8, 2),
             "fine": nn.Linear(8, 8),
         }
     )
     model["empty"].weight = nn.Parameter(torch.empty(0, 8))
     model["offloaded"].forward = lambda inputs: inputs
-    stays = accelerate_model(model, "plain", plugins=offering(plain=Plain)).stays
-    assert stays == {
+    verdicts = accelerate_model(model, "plain", targets=["Linear", "Conv2d"], plugins=offering(plain=Plain))
+    assert verdicts["image"].shape == (8, 3, 2, 2)
+    assert verdicts.stays == {
         "mine": {"plain": "it is a Mine, not a Linear"},
         "empty": {"plain": "its weight of shape (0, 8) is empty"},
         "offloaded": {"plain": "it has a forward of its own (offloading does this)"},
         "meta": {"plain": "its weight is not loaded"},
+        "image": {"plain": "it is a Conv2d, not a Linear"},
         "attention.out_proj": {"plain": "it is a NonDynamicallyQuantizableLinear, not a Linear"},
     }
 
@@ -291,6 +294,16 @@ class Nan(Plain):
 class Short(Plain):
     def run(self, packed, input):  # noqa: A002
         return super().run(packed, input)[..., :-1]
+
+
+class Blocked(Plain):
+    """Forgets what is left after whole blocks of tokens."""
+
+    def run(self, packed, input):  # noqa: A002
+        found = super().run(packed, input)
+        if len(found) > 64:
+            found[64:] = 0
+        return found
 
 
 class Failing(Plain):
@@ -330,7 +343,8 @@ class Vague(Coarse):
     [
         (Wrong, "its outputs are wrong by up to 0.01"),
         (Nan, "its outputs are wrong by up to nan"),
-        (Short, r"its outputs are torch.float32 of shape \(5, 23\)"),
+        (Short, r"its outputs are torch.float32 of shape \(1, 23\)"),
+        (Blocked, "its outputs are wrong by up to"),
         (Failing, "it failed: OSError: libfast.so: cannot open shared object file$"),
         (Crashing, "it failed: ZeroDivisionError: division by zero"),
         (Vague, "its outputs are wrong by up to"),

@@ -128,6 +128,24 @@ def test_torchs_own_encoder_runs_the_layers():
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("nested", [True, False])
+def test_torchs_own_encoder_of_several_layers(nested):
+    torch.manual_seed(0)
+    inputs, padding = torch.randn(3, 6, 32), torch.arange(6) >= torch.tensor([[6], [4], [2]])
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    before = model(inputs, src_key_padding_mask=padding).detach()
+    if nested:  # padded inputs become nested tensors, which only the reading of weights understands
+        with pytest.raises(PlanError, match="; build it with enable_nested_tensor=False"):
+            accelerate_model(model, "dense_packed")
+    else:
+        assert len(accelerate_model(model, "dense_packed").stays) == 2, "the output projections of attention"
+    with torch.no_grad():
+        after = model(inputs, src_key_padding_mask=padding)
+    torch.testing.assert_close(after[~padding], before[~padding], atol=1e-5, rtol=1e-4)
+
+
 def test_a_threshold_stays():
     model = tiny_bert().eval()
     recipe = {"stage": [{"quantize": "int8"}, {"activation": "teal", "sparsity": 0.5}]}

@@ -97,3 +97,16 @@ def test_the_adapters_of_transformers_are_saved_plain(tmp_path, monkeypatch):
     again.load_adapter(tmp_path / "adapter")
     assert {weight.dtype for weight in again.parameters()} == {torch.bfloat16}
     assert same_state({name: weight.to(torch.bfloat16) for name, weight in copied(opened).items()}, again)
+
+
+def test_an_adapter_stays_beside_layers_that_a_backend_runs(adapted):
+    model, _ = adapted
+    with torch.no_grad():
+        before = model(input_ids=TOKENS).logits
+        verdicts = sparsehooks.accelerate_model(model, "dense_packed", exclude=["*lora*", "*lm_head"])
+        assert verdicts.stays == {}
+        assert any("base_layer" in name for name in verdicts)
+        after = model(input_ids=TOKENS).logits
+        sparsehooks.restore_model(model)
+        assert torch.equal(model(input_ids=TOKENS).logits, before)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
