@@ -116,7 +116,7 @@ def test_int8_is_the_sum_of_the_codes(variant, shape):
     assert run(Quad(), layer, tokens(0, shape[1])).shape == (0, shape[0])
     for count in TOKENS[1:]:
         # of one sign, of both, zero throughout, tiny
-        inputs = tokens(count, shape[1]) * torch.tensor([1.0, 1e-30, 0.0, 5.0])[torch.arange(count) % 4, None]
+        inputs = tokens(count, shape[1]) * torch.tensor([1.0, 1e-30, 0.0, 5.0, 1e-38])[torch.arange(count) % 5, None]
         inputs = torch.where(torch.arange(count)[:, None] % 3 == 1, inputs.abs(), inputs)
         found = run(Quad(), layer, inputs)
         given = steps.fit(*min_max(inputs))

@@ -52,8 +52,8 @@ struct Weights {
   const uint8_t* counts;
   const int64_t* starts;
   const float* bias;
-  const float* scales;    // of rows, int8 only
-  const int32_t* sums;    // of the codes of a row, int8 only
+  const float* scales;  // of rows, int8 only
+  const int32_t* sums;  // of the codes of a row, int8 only
   int64_t out_features;
   int64_t in_features;
 };
@@ -62,10 +62,10 @@ struct Weights {
 namespace {
 
 constexpr int LANES = 16, ROWS = 256, PANEL = 96;
-constexpr int FEW = WIDTH == 32 ? 2 : 4;       // so many tokens are looked up in, not transposed; measured
-constexpr int MOST = WIDTH == 16 ? 32 : 64;    // tokens that one pass over a tile serves; all sums are in registers
-constexpr int64_t CHUNK = 1024;                // tokens whose inputs are kept transposed at a time
-constexpr int64_t SMALL = 1 << 16;             // with fewer units times 16 tokens, waiting for threads takes longer
+constexpr int FEW = WIDTH == 32 ? 2 : 4;     // so many tokens are looked up in, not transposed; measured
+constexpr int MOST = WIDTH == 16 ? 32 : 64;  // tokens that one pass over a tile serves; all sums are in registers
+constexpr int64_t CHUNK = 1024;              // tokens whose inputs are kept transposed at a time
+constexpr int64_t SMALL = 1 << 16;           // with fewer units times 16 tokens, waiting for threads takes longer
 
 constexpr int L = WIDTH / 4;
 typedef uint32_t Units __attribute__((vector_size(WIDTH)));
@@ -111,7 +111,7 @@ inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / 
 
 template <int STEP, int... I>
 inline void exchange(Units& first, Units& second, std::integer_sequence<int, I...>) {
-  // rows `step` apart exchange the halves of each 2x2 square of blocks of `step`
+  // of each square of 2x2 blocks of STEP elements, those off the diagonal change places
   Units low = __builtin_shufflevector(first, second, ((I & STEP) ? L + I - STEP : I)...);
   second = __builtin_shufflevector(first, second, ((I & STEP) ? L + I : I + STEP)...);
   first = low;
@@ -142,11 +142,16 @@ struct Float32 {
   typedef float Number;               // of inputs and outputs
   static constexpr int features = 1;  // of a unit
 
-  static Units multiply(Units sum, Units input, Units weight) { return (Units)((Floats)sum + (Floats)input * (Floats)weight); }
+  static Units multiply(Units sum, Units input, Units weight) {
+    return (Units)((Floats)sum + (Floats)input * (Floats)weight);
+  }
   static Units add(Units a, Units b) { return (Units)((Floats)a + (Floats)b); }
   static void add(uint32_t* to, uint32_t unit) { store(to, load<float>(to) + load<float>(&unit)); }
 
-  static void encode(const float* input, int64_t count, uint32_t* units, Grid&) { std::memcpy(units, input, 4 * count); }
+  // A token as units; those after its end are zero already.
+  static void encode(const float* input, int64_t count, uint32_t* units, Grid&) {
+    std::memcpy(units, input, 4 * count);
+  }
 
   // What is needed of rows that lie beside each other, for the outputs of any token.
   struct Rows {
@@ -178,7 +183,9 @@ struct BFloat16Pairs : Float32 {
 struct BFloat16Throughout : BFloat16Pairs {
   typedef uint16_t Number;
 
-  static void encode(const uint16_t* input, int64_t count, uint32_t* units, Grid&) { std::memcpy(units, input, 2 * count); }
+  static void encode(const uint16_t* input, int64_t count, uint32_t* units, Grid&) {
+    std::memcpy(units, input, 2 * count);
+  }
 };
 #endif
 
@@ -205,7 +212,7 @@ struct Int8Quads {
       finite &= _mm512_cmp_ps_mask(_mm512_abs_ps(values), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
     }
     float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
-    float step = std::min(std::max((most - least) / 255, 0x1p-126f), 0x1p120f);
+    float step = std::min(std::max((most - least) / 255, 0x1p-126f), 0x1.01p120f);
     uint32_t bits = load<uint32_t>(&step);
     bits = (bits + 127 + (bits >> 8 & 1)) & ~255u;
     grid.scale = most == least ? 1 : load<float>(&bits);
@@ -252,8 +259,8 @@ inline Tile tile_of(const Weights& weights, int64_t index) {
 // inputs [PANEL][TOKENS] to sums [ROWS][TOKENS], which are overwritten (first) or added to.
 template <class Kernel, int TOKENS>
 void multiply_many(Tile tile, const uint32_t* inputs, uint32_t* sums, bool first) {
-  constexpr int N = TOKENS / L;         // vectors of a row
-  constexpr int U = N == 1 ? 2 : 1;     // sums of each, as a single one would wait for the product before
+  constexpr int N = TOKENS / L;      // vectors of a row
+  constexpr int U = N == 1 ? 2 : 1;  // sums of each, as a single one would wait for the product before
   for (int slice = 0; slice < ROWS; slice += LANES) {
     int longest = tile.counts[slice];
     for (int lane = 0; lane < LANES; lane++) {
@@ -466,8 +473,8 @@ extern "C" {
 // What the Python code has to agree with: the version of this interface, ROWS, PANEL, LANES.
 int64_t sparsehooks_layout[4] = {1, ROWS, PANEL, LANES};
 
-// inputs (tokens, in_features) to outputs (tokens, out_features), both contiguous; 0 if there is no memory. The name says
-// what is multiplied, and of which dtype inputs and outputs are.
+// inputs (tokens, in_features) to outputs (tokens, out_features), both contiguous; 0 if there is no memory. The name
+// says what is multiplied, and of which dtype inputs and outputs are.
 #define DEFINE(NAME, KERNEL)                                                                                          \
   int sparsehooks_##NAME(const Weights* weights, const void* inputs, void* outputs, int64_t tokens, int threads) {    \
     return run<KERNEL>(weights, inputs, outputs, tokens, threads);                                                    \
