@@ -396,25 +396,38 @@ struct Product {
         default: multiply_many<Kernel, MOST>(tile, from, sums, !panel);
       }
     }
-    for (int64_t at = 0; at < count; at += L) {
-      typename Kernel::Rows rows(weights, row + at, count - at);
-      Number* to = outputs + block.token * weights.out_features + row + at;
-      const Grid* grid = grids + block.token;
-      auto put = [&](Units sum, int i) {
-        store_some(to + i * weights.out_features, Kernel::decode(sum, rows, grid[i]), count - at);
-      };
-      if (!block.width)
-        for (int i = 0; i < block.count; i++) put(load<Units>(sums + i * ROWS + at), i);
-      else
-        for (int i = 0; i < block.count; i += L) {
-          Units square[L];
-#pragma GCC unroll 16
-          for (int j = 0; j < L; j++) square[j] = load<Units>(sums + (at + j) * block.width + i);
-          transpose(square);
-#pragma GCC unroll 16
-          for (int j = 0; j < L; j++)
-            if (i + j < block.count) put(square[j], i + j);
+    finish(block, row, count, sums, grids);
+  }
+
+  // Outputs of rows from `row` on.
+  void finish(const Block& block, int64_t row, int64_t count, const uint32_t* sums, const Grid* grids) const {
+    typedef typename Kernel::Rows Rows;
+    Number* to = outputs + block.token * weights.out_features + row;
+    grids += block.token;
+    if (!block.width) {
+      for (int i = 0; i < block.count; i++, to += weights.out_features)
+        for (int64_t at = 0; at < count; at += L) {
+          Rows rows(weights, row + at, count - at);
+          store_some(to + at, Kernel::decode(load<Units>(sums + i * ROWS + at), rows, grids[i]), count - at);
         }
+      return;
+    }
+    for (int i = 0; i < block.count; i += L) {
+      alignas(64) Number found[L][ROWS];  // so that what belongs to a token is written at once
+      for (int64_t at = 0; at < count; at += L) {
+        Rows rows(weights, row + at, count - at);
+        Units square[L];
+#pragma GCC unroll 16
+        for (int j = 0; j < L; j++) square[j] = load<Units>(sums + (at + j) * block.width + i);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < L; j++) {
+          const Grid& grid = grids[std::min(i + j, block.count - 1)];
+          store_some(found[j] + at, Kernel::decode(square[j], rows, grid), L);
+        }
+      }
+      for (int j = 0; j < std::min(L, block.count - i); j++, to += weights.out_features)
+        std::memcpy(to, found[j], sizeof(Number) * count);
     }
   }
 
