@@ -629,6 +629,12 @@ def test_an_opened_model_is_accelerated_as_its_config_says(tmp_path):
     assert not any(isinstance(layer, Accelerated) for layer in worked_on.modules())
 
 
+def test_a_module_without_a_config_cannot_ask_for_a_backend(tmp_path):
+    with pytest.raises(ArtifactError, match="no transformers model is saved without option 'backend'"):
+        save_pretrained(small(), tmp_path / "a", backend="auto")
+    save_pretrained(small(), tmp_path / "a")
+
+
 def test_a_backend_that_is_not_here_leaves_the_layers_to_torch(tmp_path):
     model = tiny_bert().eval()
     save_pretrained(model, tmp_path / "a", backend="warp")

@@ -83,6 +83,8 @@ def write_model(
     from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
 
     if not isinstance(model, PreTrainedModel):
+        if backend is not None:
+            options["backend"] = backend
         if options:
             raise ArtifactError(f"a module that is no transformers model is saved without option '{min(options)}'")
         state = dict(model.state_dict() if state_dict is None else state_dict)
