@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import textwrap
 from pathlib import Path
 
-from sparsehooks.components import KINDS
+from sparsehooks.components import KINDS, ComponentBase, Need
 from sparsehooks.hookspecs import HOOKS
 from sparsehooks.plugins import PluginManager
+from sparsehooks.views import Batch, Layout, WeightView
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py; change the docstrings instead. -->"
@@ -32,16 +34,34 @@ def components():
     """Every kind: its contract, and what is built in."""
     records = PluginManager(autoload=False).catalog.records()
     parts = ["# Components", NOTE, "A component is a class of one of these kinds, offered in `register_components`."]
+    parts += _described("Every kind", ComponentBase)
+    rows = [f"| `Need.{name}` | {words} |" for name, words in needs()]
+    parts.append("\n".join(["| in `needs` | what the session collects then |", "|---|---|", *rows]))
+    for seen in (WeightView, Batch, Layout):
+        parts += _described("What components see", seen)
     for kind, contract in KINDS.items():
-        parts += [f"## {kind}: `sparsehooks.{contract.__name__}`", inspect.getdoc(contract).replace("``", "`")]
-        for name, function in vars(contract).items():
-            if inspect.isfunction(function) and not name.startswith("_"):
-                required = " (required)" if name in contract.__abstractmethods__ else ""
-                parts += [f"### `{signature(name, function)}`{required}", _fields(inspect.getdoc(function))]
+        parts += _described(kind, contract)
         built_in = [record for record in records if record.component.kind == kind]
         rows = [f"| `{r.component.name}` | {r.component.summary} | {_options(r.load().Config)} |" for r in built_in]
         parts.append("\n".join(["| built in | what it does | options |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def needs():
+    """The name of each need, and what its line in the source says."""
+    lines = ast.parse(inspect.getsource(Need)).body[0].body[1:]
+    for name, words in zip(lines[::2], lines[1::2], strict=True):
+        yield name.targets[0].id, " ".join(words.value.value.replace("``", "`").split())
+
+
+def _described(title, cls):
+    """A class and its public methods."""
+    parts = [f"## {title}: `sparsehooks.{cls.__name__}`", inspect.getdoc(cls).replace("``", "`")]
+    for name, function in vars(cls).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            required = " (required)" if name in getattr(cls, "__abstractmethods__", ()) else ""
+            parts += [f"### `{signature(name, function)}`{required}", _fields(inspect.getdoc(function))]
+    return parts
 
 
 def _options(config):

@@ -387,14 +387,7 @@ class Session:
 
     def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Write what the teachers answered with each checkpoint, for runs that go on from it, and at the end."""
-
-        def at_the_end() -> None:
-            try:
-                self._distillation.flush()
-            except SessionError as error:  # what was trained is worth more than the cache
-                warnings.warn(str(error), stacklevel=2)
-
-        self._left.callback(at_the_end)
+        self._left.callback(self._distillation.flush)
         if optimizer is not None:
             self._left.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
 

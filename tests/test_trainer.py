@@ -557,7 +557,7 @@ def test_the_terms_of_multi_label_models_are_means_over_samples(tmp_path):
     rows = [{**row, "labels": torch.rand(10).round()} for row in sentences(8)]
     losses = {}
     for weight in (None, 1.0):
-        recipe = {"stage": [{"distill": "kl", "teacher": str(tmp_path / "teacher")}]}
+        recipe = {"stage": [{"distill": {"use": "hidden", "layers": "last"}, "teacher": str(tmp_path / "teacher")}]}
         trainer = Ordered(
             model=copy.deepcopy(model), args=arguments(tmp_path, max_steps=1, logging_steps=1), train_dataset=rows
         )
@@ -568,9 +568,30 @@ def test_the_terms_of_multi_label_models_are_means_over_samples(tmp_path):
     batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
     teacher = BertForSequenceClassification.from_pretrained(tmp_path / "teacher")
     with torch.no_grad():
-        ours, theirs = (m(**batch).logits.div(2).log_softmax(-1) for m in (model, teacher.eval()))
-    term = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * 4
+        ours, theirs = (m.bert(**batch).last_hidden_state for m in (model, teacher.eval()))
+    errors, mask = (ours - theirs).square().mean(dim=-1), batch["attention_mask"]
+    term = ((errors * mask).sum(dim=1) / mask.sum(dim=1)).mean()
     assert losses[1.0] - losses[None] == pytest.approx(float(term), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["kl", "reverse_kl", "jsd", "dkd"])
+def test_classes_that_cannot_be_compared_are_refused_before_training(tmp_path, loss):
+    recipe = {"stage": [{"distill": loss, "teacher": str(tmp_path)}]}
+    model = tiny_bert(BertForSequenceClassification, num_labels=3, problem_type="multi_label_classification")
+    model.save_pretrained(tmp_path)
+
+    def train(model):
+        trainer = Ordered(model=model, args=arguments(tmp_path / "run", max_steps=1), train_dataset=labelled())
+        trainer.add_callback(CompressionCallback(recipe))
+        trainer.train()
+
+    with pytest.raises(SessionError, match=r"stage\[0\].*the labels of a multi-label model are none"):
+        train(model)
+    names = {0: "no", 1: "maybe", 2: "yes"}
+    tiny_bert(BertForSequenceClassification, num_labels=3, id2label=names).save_pretrained(tmp_path)
+    turned = tiny_bert(BertForSequenceClassification, num_labels=3, id2label={0: "yes", 1: "maybe", 2: "no"})
+    with pytest.raises(SessionError, match="give both one order"):
+        train(turned)
 
 
 def test_two_callbacks_or_a_run_that_broke_off_are_named(tmp_path):
