@@ -927,10 +927,14 @@ for shape, threshold, level in (
     for rows in tensor.view(64, -1):
         rows.masked_fill_(rows.abs() < threshold, 0)
     blob = encode(tensor, CODECS, level=level)
-    written = growth(lambda: encode(tensor, CODECS, level=level)) - blob.numel()
-    done = growth(lambda: decode(blob, CODECS, name="w")) - tensor.nbytes
-    print(shape, level, blob.numel(), written, done)
-    assert max(written, done) < 64e6
+    for _ in range(3):  # a system that takes idle pages back and returns them counts too much, never too little
+        written = growth(lambda: encode(tensor, CODECS, level=level)) - blob.numel()
+        done = growth(lambda: decode(blob, CODECS, name="w")) - tensor.nbytes
+        print(shape, level, blob.numel(), written, done)
+        if max(written, done) < 64e6:
+            break
+    else:
+        raise AssertionError
 """
 
 
