@@ -25,6 +25,15 @@ RECIPE = {
 }
 
 
+LOSSES = {
+    "kl": "kl",
+    "hidden": "hidden",
+    "attention": "attention",
+    "relation": {"use": "relation", "heads": 4},
+    "label smoothing": "kl",
+}
+
+
 class ByRank(sparsehooks.Criterion):
     """A criterion that breaks the rule that all ranks score alike."""
 
@@ -47,31 +56,46 @@ def main(folder, mode):
     if mode == "cache":
         return end(world, remembered(folder, options), folder / f"{mode}-rank{rank}.pt")
     if mode == "gradient":
-        teacher = folder / f"teacher{rank}"
-        tiny_llama(seed=4).save_pretrained(teacher)
-        model, recipe, data = tiny_llama(seed=3), {"stage": [{"distill": "kl", "teacher": str(teacher)}]}, texts(8)
-        options |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": 1}
-        options |= {"per_device_train_batch_size": 8 // (2 * world), "gradient_accumulation_steps": 2}
-    else:
-        model, recipe, data = tiny_bert(), RECIPE, sentences()
-        options |= {"save_strategy": "steps", "save_steps": 5}
+        tiny_llama(seed=4).save_pretrained(folder / f"teacher{rank}")
+        found = {name: distilled(name, folder, str(folder / f"teacher{rank}"), options) for name in LOSSES}
+        return end(world, found, folder / f"{mode}-rank{rank}.pt")
+    model, recipe, data = tiny_bert(), RECIPE, sentences()
+    options |= {"save_strategy": "steps", "save_steps": 5}
     if mode == "disagree":
         recipe = prune(prune="by_rank")
         model, data = tiny_bert(), sentences()
         recipe["stage"].append({"distill": "hidden"})
-    before = copied(model)
     trainer = Ordered(model=model, args=arguments(folder / "run", **options), train_dataset=data)
     trainer.add_callback(sparsehooks.CompressionCallback(recipe, plugins=[Plugin()]))
     try:
         trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-5") if mode == "resume" else None)
         state = copied(model)
-        if mode == "gradient":
-            state = {name: value - before[name] for name, value in state.items()}
     except sparsehooks.SessionError as error:
         state = {"error": str(error)}
     if mode == "run":
         trainer.save_model(folder / "artifact")
     return end(world, state, folder / f"{mode}-rank{rank}.pt")
+
+
+def distilled(name, folder, teacher, options):
+    """What a step of two accumulated micro-batches with ragged labels changes; also where the Trainer makes its loss."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    options = options | {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0}
+    options |= {"per_device_train_batch_size": 8 // (2 * world), "gradient_accumulation_steps": 2, "max_steps": 1}
+    rows = texts(8)
+    for index, row in enumerate(rows):
+        row["labels"][:index] = -100
+    model = tiny_llama(seed=3)
+    before = copied(model)
+    smooths = {"label_smoothing_factor": 0.1} if name == "label smoothing" else {}
+    trainer = Ordered(model=model, args=arguments(folder / "run", **options, **smooths), train_dataset=rows)
+    recipe = {"stage": [{"distill": LOSSES[name], "teacher": teacher}]}
+    if smooths:
+        sparsehooks.attach_trainer(trainer, recipe)
+    else:
+        trainer.add_callback(sparsehooks.CompressionCallback(recipe))
+    trainer.train()
+    return {key: value - before[key] for key, value in copied(model).items()}
 
 
 def followed(rank):

@@ -43,13 +43,18 @@ class LossTerms:
 
     def __init__(self) -> None:
         self._terms: list[Tensor] = []
-        self._batch: Mapping[str, Any] = {}
+        self._batch: Mapping[str, Any] | None = None
 
     def attach(self, whole: nn.Module, session: Session) -> list[Handle]:
         """Compute the terms of every training forward of the model in ``whole``."""
         model = unwrapped(whole)
 
         def collect(outputs: Any, inputs: dict[str, Any]) -> Any:
+            if self._batch is None:
+                raise SessionError(
+                    "this Trainer runs its model in the backward (the cached losses of Sentence Transformers do), where no "
+                    "distillation can join; use another loss, or leave the distill stages out"
+                )
             if inputs.keys() & self._batch.keys():  # what the loop keeps back for its loss, such as the labels
                 inputs = {**self._batch, **inputs}
             terms = session.loss_terms(_full(model, outputs, inputs), inputs)
@@ -65,7 +70,7 @@ class LossTerms:
 
     def end(self) -> Tensor | None:
         """The mean over the forwards of this batch, or None if there was none in training."""
-        terms, self._terms, self._batch = self._terms, [], {}
+        terms, self._terms, self._batch = self._terms, [], None
         return torch.stack(terms).mean() if terms else None
 
 
