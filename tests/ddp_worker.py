@@ -78,7 +78,7 @@ def main(folder, mode):
 
 
 def distilled(name, folder, teacher, options):
-    """What a step of two accumulated micro-batches with ragged labels changes; also where the Trainer makes its loss."""
+    """What a step of two accumulated micro-batches with ragged labels changes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options = options | {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0}
     options |= {"per_device_train_batch_size": 8 // (2 * world), "gradient_accumulation_steps": 2, "max_steps": 1}

@@ -52,8 +52,8 @@ class LossTerms:
         def collect(outputs: Any, inputs: dict[str, Any]) -> Any:
             if self._batch is None:
                 raise SessionError(
-                    "this Trainer runs its model in the backward (the cached losses of Sentence Transformers do), where no "
-                    "distillation can join; use another loss, or leave the distill stages out"
+                    "this Trainer runs its model in the backward, as cached losses of Sentence Transformers do, where "
+                    "nothing can be distilled; use another loss, or leave the distill stages out"
                 )
             if inputs.keys() & self._batch.keys():  # what the loop keeps back for its loss, such as the labels
                 inputs = {**self._batch, **inputs}
