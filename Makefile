@@ -4,13 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-integrations lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/sparsehooks demo --out demo-out
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# with the real TRL, Sentence Transformers and Lightning, which `make test` leaves out
+test-integrations: $(VENV)/ready
+	$(PIP) --editable '.[test-integrations]'
+	$(BIN)/python -m pytest tests/test_integrations.py
+	cd plugins/sparsehooks-lightning && PYTHONPATH=src $(abspath $(BIN))/python -m pytest tests
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
