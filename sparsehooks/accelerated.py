@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sparsehooks.components import Backend
 from sparsehooks.errors import SessionError
@@ -70,6 +71,18 @@ class Engine:
         """Forget what is packed."""
         self._packed = {}
 
+    def takes(self, backend: str, inputs: Tensor) -> bool:
+        """Whether the backend may run these inputs; torch's layer runs all others, or says what is wrong with them."""
+        layer: Any = self._layer()
+        weight: Tensor = layer.weight
+        rounds = self.backends[backend].rounds_inputs and inputs.is_floating_point()
+        return (
+            (inputs.dtype == weight.dtype or rounds)
+            and inputs.device == weight.device
+            and not torch.is_autocast_enabled(weight.device.type)
+            and _is_plain(inputs)
+        )
+
     def run(self, backend: str, inputs: Tensor) -> Tensor:
         """The layer's outputs; to be called without gradients."""
         layer: Any = self._layer()
@@ -112,7 +125,7 @@ class Accelerated:
         engine, features = self._sparsehooks_engine, layer.in_features
         backend = choose(engine.lanes, input.numel() // features)
         # torch also says what is wrong with inputs that do not fit
-        if backend is None or not input.dim() or input.shape[-1] != features:
+        if backend is None or not input.dim() or input.shape[-1] != features or not engine.takes(backend, input):
             return super().forward(input)  # type: ignore[misc,no-any-return]
         found: Tensor
         if torch.compiler.is_compiling():  # to the compiler, every backend is one operation
@@ -136,6 +149,17 @@ class Accelerated:
         engine = self._sparsehooks_engine
         layer = _shell(cast(nn.Module, self), original(cast(nn.Module, self)), {"_sparsehooks_engine"})
         return swap, (layer, engine.name, engine.backends, engine.lanes)
+
+
+def _is_plain(inputs: Tensor) -> bool:
+    """Whether a kernel may read the numbers of these inputs: no view, no transformation, nothing to be traced."""
+    if torch.compiler.is_compiling():
+        return True
+    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg() or inputs.is_nested:
+        return False
+    return not (
+        torch._C._get_tracing_state() or torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0
+    )
 
 
 def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> nn.Module:

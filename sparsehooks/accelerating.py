@@ -65,7 +65,7 @@ def accelerate_model(
             plugins are timed against torch, and of them the fastest runs a layer, for each number of tokens, if it is
             3 % faster than torch. One that rounds is only tried where the model rounds the layer's input already.
             What was timed on this machine before (``sparsehooks/speeds.json`` in the user's cache folder) is not timed
-            again. To look up who runs an input takes half a microsecond, also where that is torch.
+            again. A layer so small that torch would lose by being looked up stays as it is.
         example: a batch, as the model takes it. Only the numbers of tokens that it sends through a layer are timed,
             and fewer run dense; without it these are 1, 16, 128 and 512.
         targets: which layers, as in a recipe.
@@ -99,6 +99,8 @@ def judge(
     plugins: Sequence[Any] | PluginManager = (),
 ) -> Verdicts:
     """``accelerate_model``, which takes those speeds as given that are known."""
+    if not isinstance(model, nn.Module):
+        raise PlanError([f"accelerate_model takes a model, not a {type(model).__name__}; open the folder first"])
     candidates = _candidates(as_manager(plugins).catalog, backend)
     names = [name for target in find(model, targets, exclude)[0] for name in target.modules]
     layers = {name: model.get_submodule(name) for name in names}
@@ -159,7 +161,10 @@ def _counts(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> 
         seen[name].add(values.numel() // max(1, values.shape[-1]))
 
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in layers.items()
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]), with_kwargs=True
+        )
+        for name, layer in layers.items()
     ]
     try:
         Batches(model, [example], "example").run()

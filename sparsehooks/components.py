@@ -636,11 +636,13 @@ class Support:
         ok: whether it can.
         reason: why not.
         exact: whether the outputs differ from those of torch's layer by the order of sums only.
+        depends: what its speed depends on beside shape, dtype, share of zeros, machine and plugin, in a few words.
     """
 
     ok: bool
     reason: str = ""
     exact: bool = True
+    depends: str = ""
 
 
 class Backend(ComponentBase):

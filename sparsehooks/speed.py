@@ -115,7 +115,7 @@ def _read() -> dict[str, dict[str, float]]:
             str(here): {str(key): float(value) for key, value in speeds.items() if 0 < value < math.inf}
             for here, speeds in found.items()
         }
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError):
         return {}
 
 

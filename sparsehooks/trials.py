@@ -96,7 +96,7 @@ class Trial:
         site = vars(layer).get("_sparsehooks_site")
         self._site = "" if site is None else site.use
         rounds = site is not None and site.component.rounds
-        supports: dict[str, Support] = {}
+        supports = self._supports = dict[str, Support]()
         if unfit is not None:
             self._reasons = dict.fromkeys(candidates, unfit)
             return
@@ -133,6 +133,10 @@ class Trial:
             for key in found.keys() - usable:
                 del found[key]
         lanes = fastest(speeds)
+        if self._slows(lanes, counts):
+            lanes, slower = [], "the layer is so small that looking up who runs it costs more where torch does"
+            self._reasons |= dict.fromkeys(usable, slower)
+            usable = []
         for key in usable:
             if not any(lane.backend == key for lane in lanes):
                 why = f"it is nowhere the fastest, or not {MARGIN:g} times as fast as torch"
@@ -149,6 +153,9 @@ class Trial:
             yield
         except Exception as error:  # noqa: BLE001 - of a plugin, a library or a driver
             self._reasons[key] = f"it failed: {type(error).__name__}: {error}".splitlines()[0]
+        except BaseException:  # the user's own: what is half tried runs nothing
+            unswap(self._layer)
+            raise
 
     def _inputs(self, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -189,7 +196,21 @@ class Trial:
         return (
             f"{key} {plugin.describe()}: {rows} x {columns} {self._weight.dtype}, bias {self._layer.bias is not None}, "
             f"{round(self._sparsity * 20) * 5} % zeros, input {self._site or 'plain'}, {tokens} tokens"
+            + (f", {depends}" if (depends := self._supports[key].depends) else "")
         )
+
+    def _slows(self, lanes: Sequence[Lane], counts: Sequence[int]) -> bool:
+        """Whether torch's layer, behind the look-up that finds it, would lose more than backends may."""
+        left = [tokens for tokens in counts if choose(lanes, tokens) is None]
+        if not left or not any(lane.backend for lane in lanes):
+            return False
+        layer, inputs = self._layer, self._inputs(left[0])
+        self._engine.lanes = (Lane(math.inf, None),)
+        alone = functools.partial(original(layer).forward, layer, inputs)
+        measure = functools.partial(ratio, alone, functools.partial(layer.forward, inputs), inputs.device)
+        rows, columns = self._weight.shape
+        key = f"looked up: {rows} x {columns} {inputs.dtype}, bias {layer.bias is not None}, {left[0]} tokens"
+        return self._speeds.of(inputs.device, key, measure) < 1 / MARGIN
 
     def _settle(self, lanes: Sequence[Lane], speeds: Mapping[int, Mapping[str, float]]) -> Verdict:
         if any(lane.backend for lane in lanes):

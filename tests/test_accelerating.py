@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import same_state, tiny_bert
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers import AutoModel
 
@@ -240,6 +241,50 @@ def test_bad_inputs_get_torchs_own_error():
 
 
 # ------------------------------------------------------------------------------------------------------- who may run it
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+def test_what_a_kernel_cannot_read_is_torchs():
+    """Autocast, views that negate, transformations, other dtypes and devices."""
+    model = small()
+    dense = copy.deepcopy(model)
+    accelerate_model(model, "plain", plugins=offering(plain=Plain))
+    runs = model[0]._sparsehooks_engine.backends["plain"].runs
+    runs.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(INPUTS), dense(INPUTS))
+    assert torch.equal(model[0](torch._neg_view(INPUTS)), dense[0](torch._neg_view(INPUTS)))
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(model[0])(INPUTS), torch.vmap(dense[0])(INPUTS))
+        traced = torch.jit.trace(model[0], INPUTS)
+        assert torch.equal(traced(INPUTS), dense[0](INPUTS))
+    with forward_ad.dual_level():
+        found = model[0](forward_ad.make_dual(INPUTS, INPUTS))
+        assert forward_ad.unpack_dual(found).tangent is not None
+    for wrong in (INPUTS.double(), INPUTS.long(), INPUTS.to("meta")):
+        with pytest.raises(RuntimeError):
+            model[0](wrong)
+    assert not runs
+
+
+def test_what_interrupts_a_trial_leaves_the_layer_as_it_was(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsehooks.trials.Trial._time", stop)
+    model = small()
+    with pytest.raises(KeyboardInterrupt):
+        accelerate_model(model, plugins=offering(plain=Plain))
+    assert not any(isinstance(layer, Accelerated) for layer in model)
+
+
+def test_a_layer_that_would_lose_by_being_looked_up_stays(clock, monkeypatch):
+    clock["plain"] = lambda tokens: 2.0 if tokens == 512 else 0.5
+    monkeypatch.setattr("sparsehooks.trials.ratio", lambda *_: 0.9)
+    model = small()
+    verdicts = accelerate_model(model, plugins=offering(plain=Plain))
+    assert type(model[0]) is nn.Linear
+    assert "looking up who runs it" in verdicts["0"].reasons["plain"]
 
 
 def test_a_second_verdict_replaces_the_first():

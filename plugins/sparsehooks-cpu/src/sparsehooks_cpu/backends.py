@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import Backend, Steps, Support, read_grid
-from sparsehooks_cpu.library import Packed, multiply, problem
+from sparsehooks_cpu.library import Packed, library, multiply, problem
 from sparsehooks_cpu.packing import interleave, units
 
 STEPS = Steps(8)
@@ -34,13 +34,13 @@ class _Sparse(Backend):
             return f"its weight is {layer.weight.dtype}, not {' or '.join(map(str, self.dtypes))}"
         return problem(self.kernel, self.feature)
 
-    def _dense(self, blocks: Tensor) -> str | None:
-        """Why not, where the weight has too few zeros."""
+    def _answer(self, blocks: Tensor, *, exact: bool) -> Support:
+        """Yes, unless the weight has too few zeros."""
         zeros = 1 - int(blocks.count_nonzero()) / max(1, blocks.numel())
         if zeros >= LEAST:
-            return None
+            return Support(ok=True, exact=exact, depends=f"{library().variant}, {round(zeros * 20) * 5} % zero blocks")
         what = "weights" if self.block == 1 else f"blocks of 1x{self.block} weights"
-        return f"only {zeros:.0%} of its {what} are zero, of which {LEAST:.0%} or more pay"
+        return Support(ok=False, reason=f"only {zeros:.0%} of its {what} are zero, of which {LEAST:.0%} or more pay")
 
     def _pack(
         self, layer: nn.Linear, blocks: Tensor, scales: Tensor | None = None, sums: Tensor | None = None
@@ -66,8 +66,9 @@ class Unstructured(_Sparse):
 
     def supports(self, layer: nn.Linear, device: torch.device) -> Support:
         """Yes for float32 weights of which at least a quarter is zero."""
-        reason = self._refusal(layer, device) or self._dense(layer.weight.detach())
-        return Support(ok=reason is None, reason=reason or "")
+        if reason := self._refusal(layer, device):
+            return Support(ok=False, reason=reason)
+        return self._answer(layer.weight.detach(), exact=True)
 
     def pack(self, layer: nn.Linear) -> Packed:
         """The weights that are not zero, with their places."""
@@ -87,8 +88,9 @@ class Pair(_Sparse):
 
     def supports(self, layer: nn.Linear, device: torch.device) -> Support:
         """Yes if at least a quarter of the blocks is zero; exact where the layer is in bfloat16."""
-        reason = self._refusal(layer, device) or self._dense(self._blocks(layer))
-        return Support(ok=reason is None, reason=reason or "", exact=layer.weight.dtype == torch.bfloat16)
+        if reason := self._refusal(layer, device):
+            return Support(ok=False, reason=reason)
+        return self._answer(self._blocks(layer), exact=layer.weight.dtype == torch.bfloat16)
 
     def pack(self, layer: nn.Linear) -> Packed:
         """The blocks that are not zero, with their places."""
@@ -118,9 +120,9 @@ class Quad(_Sparse):
             reason = f"its {layer.in_features} input features are more than {WIDEST}, so that sums might overflow"
         if reason is None and read_grid(layer.weight, STEPS) is None:
             reason = "its weight lies on no int8 grid of rows; quantize it by int8"
-        if reason is None:
-            reason = self._dense(units(self._codes(layer)[0]))
-        return Support(ok=reason is None, reason=reason or "", exact=False)
+        if reason is not None:
+            return Support(ok=False, reason=reason)
+        return self._answer(units(self._codes(layer)[0]), exact=False)
 
     def pack(self, layer: nn.Linear) -> Packed:
         """The blocks of codes that are not zero, with their places, and the scales."""
