@@ -121,6 +121,8 @@ class Accelerated:
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
+        if torch._C._get_tracing_state():  # a trace has no place for a backend, and no numbers to choose by
+            return super().forward(input)  # type: ignore[misc,no-any-return]
         layer: Any = self
         engine, features = self._sparsehooks_engine, layer.in_features
         backend = choose(engine.lanes, input.numel() // features)
@@ -152,14 +154,12 @@ class Accelerated:
 
 
 def _is_plain(inputs: Tensor) -> bool:
-    """Whether a kernel may read the numbers of these inputs: no view, no transformation, nothing to be traced."""
+    """Whether a kernel may read the numbers of these inputs: no view that changes them, no transformation."""
     if torch.compiler.is_compiling():
         return True
     if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg() or inputs.is_nested:
         return False
-    return not (
-        torch._C._get_tracing_state() or torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0
-    )
+    return not torch._C._functorch.peek_interpreter_stack() and forward_ad._current_level < 0
 
 
 def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> nn.Module:

@@ -256,7 +256,7 @@ def test_what_a_kernel_cannot_read_is_torchs():
     assert torch.equal(model[0](torch._neg_view(INPUTS)), dense[0](torch._neg_view(INPUTS)))
     with torch.no_grad():
         assert torch.equal(torch.vmap(model[0])(INPUTS), torch.vmap(dense[0])(INPUTS))
-        traced = torch.jit.trace(model[0], INPUTS)
+        traced = torch.jit.trace(model[0], INPUTS, check_trace=False)
         assert torch.equal(traced(INPUTS), dense[0](INPUTS))
     with forward_ad.dual_level():
         found = model[0](forward_ad.make_dual(INPUTS, INPUTS))
