@@ -1,6 +1,7 @@
 """The kernels of plugins/sparsehooks-cpu beside torch's dense ones, layer by layer.
 
     python benchmarks/cpu.py [--threads 1] [--rounds 7] [--tokens 1 128] [--layers 768x3072 384x1536 3072x768]
+    python benchmarks/cpu.py --models
 
 All variants of a layer take turns in each round, and a ratio is the median of those within a round. One thread is
 measured by its own CPU time, several by the wall clock. Peers: ``stock`` is F.linear in float32; ``packed`` is oneDNN
@@ -14,7 +15,9 @@ cache, as the inputs of a weight that may be anywhere do, and a copy of 64 MB.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
+import functools
 import platform
 import shutil
 import statistics
@@ -31,8 +34,9 @@ from rich.table import Table
 from sparsehooks_cpu.backends import STEPS, Pair, Quad, Unstructured
 from sparsehooks_cpu.library import library
 from torch import nn
+from transformers import BertConfig, BertModel
 
-from sparsehooks import min_max
+from sparsehooks import accelerate_model, compress, min_max
 
 PEAK = """
 #if defined(__AVX512F__)
@@ -196,14 +200,54 @@ def measure(table, inputs, outputs, tokens, options, limits):
         table.add_row(*row, end_section=name == list(times)[-1])
 
 
+def models(options):
+    """Whole BERTs of random weights, pruned by magnitude: every encoder layer by a backend, beside stock float32."""
+    shapes = {"MiniLM-L6": (6, 384, 12), "BERT-base": (12, 768, 12)}
+    recipes = {
+        "80 %": ("cpu_unstructured", {"sparsity": 0.8}, []),
+        "90 %": ("cpu_unstructured", {"sparsity": 0.9}, []),
+        "1x2, 80 %": ("cpu_pair", {"sparsity": 0.8, "pattern": "block:1x2"}, []),
+        "1x4, 80 %, int8": ("cpu_quad", {"sparsity": 0.8, "pattern": "block:1x4"}, [{"quantize": "int8"}]),
+    }
+    table = Table("model, 1 x 128 tokens", "recipe", "stock ms", "ms", "x stock", title="medians, all encoder layers")
+    for name, (layers, width, heads) in shapes.items():
+        config = BertConfig(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width
+        )
+        stock = BertModel(config).eval()
+        found, batch = {"stock": stock}, {"input_ids": torch.randint(1000, 30000, (1, 128))}
+        for recipe, (backend, prune, more) in recipes.items():
+            stages = [{"prune": "magnitude", **prune}, *more]
+            small = compress(copy.deepcopy(stock), {"stage": [{**stage, "exclude": ["pooler*"]} for stage in stages]})
+            accelerate_model(small, backend, exclude=["pooler*"])
+            found[recipe] = small
+        with torch.inference_mode():
+            calls = {key: functools.partial(model, **batch) for key, model in found.items()}
+            times = compare(calls, options.threads, options.rounds)
+        for recipe in recipes:
+            table.add_row(
+                name,
+                recipe,
+                f"{statistics.median(times['stock']) / 1e3:.1f}",
+                f"{statistics.median(times[recipe]) / 1e3:.1f}",
+                f"{ratio(times, 'stock', recipe):.2f}",
+            )
+    console.print(table)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1])
     parser.add_argument("--layers", nargs="+", default=["768x3072", "384x1536", "3072x768"])
+    parser.add_argument("--models", action="store_true", help="whole models instead of layers")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.models:
+        torch.set_num_threads(options.threads)
+        models(options)
+        return
     torch.set_num_threads(1)
     limits = peaks()
     torch.set_num_threads(options.threads)
