@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,35 +87,49 @@ class OverClasses(Distiller):
         return {}
 
 
-class KL(OverClasses):
+class Divergence(OverClasses):
+    """A divergence between the two distributions, times the squared temperature."""
+
+    config: Options
+    name: ClassVar[str]
+
+    def loss(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Batch, learned: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Shape (items,): samples, or the tokens that the labels count."""
+        ours, theirs = (p.log_softmax(-1) for p in _logits(self.name, student, teacher, self.config.temperature))
+        return batch.items(self._between(ours, theirs) * self.config.temperature**2)
+
+    @abstractmethod
+    def _between(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Of log probabilities, shape (..., classes): shape (...)."""
+
+
+class KL(Divergence):
     """``T^2 KL(teacher || student)`` over the last dimension of the logits (Hinton et al. 2015, arXiv:1503.02531)."""
 
     Config = Options
     config: Options
 
-    def loss(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Batch, learned: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Shape (items,): samples, or the tokens that the labels count."""
-        ours, theirs = _logits("kl", student, teacher, self.config.temperature)
-        return batch.items(divergence(theirs.log_softmax(-1), ours.log_softmax(-1)) * self.config.temperature**2)
+    name = "kl"
+
+    def _between(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        return divergence(theirs, ours)
 
 
-class ReverseKL(OverClasses):
+class ReverseKL(Divergence):
     """``T^2 KL(student || teacher)``: the student may leave out some answers (Gu et al. 2024, arXiv:2306.08543)."""
 
     Config = Options
     config: Options
 
-    def loss(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Batch, learned: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Shape (items,): samples, or the tokens that the labels count."""
-        ours, theirs = _logits("reverse_kl", student, teacher, self.config.temperature)
-        return batch.items(divergence(ours.log_softmax(-1), theirs.log_softmax(-1)) * self.config.temperature**2)
+    name = "reverse_kl"
+
+    def _between(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        return divergence(ours, theirs)
 
 
-class JSD(OverClasses):
+class JSD(Divergence):
     """``T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))`` with ``m = beta teacher + (1 - beta) student``.
 
     The generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD, arXiv:2306.13649, equation 1). It vanishes
@@ -124,20 +139,16 @@ class JSD(OverClasses):
     Config = JSDOptions
     config: JSDOptions
 
-    def loss(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Batch, learned: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Shape (items,): samples, or the tokens that the labels count."""
+    name = "jsd"
+
+    def _between(self, ours: Tensor, theirs: Tensor) -> Tensor:
         beta = self.config.beta
-        ours, theirs = (part.log_softmax(-1) for part in _logits("jsd", student, teacher, self.config.temperature))
         if beta == 0:
-            values = divergence(theirs, ours)
-        elif beta == 1:
-            values = divergence(ours, theirs)
-        else:
-            mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
-            values = beta * divergence(theirs, mixture) + (1 - beta) * divergence(ours, mixture)
-        return batch.items(values * self.config.temperature**2)
+            return divergence(theirs, ours)
+        if beta == 1:
+            return divergence(ours, theirs)
+        mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
+        return beta * divergence(theirs, mixture) + (1 - beta) * divergence(ours, mixture)
 
 
 class DKD(OverClasses):
