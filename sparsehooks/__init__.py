@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Criterion as Criterion,
         Distiller as Distiller,
         Exporter as Exporter,
+        Kernels as Kernels,
         Moment as Moment,
         Need as Need,
         Pattern as Pattern,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         Window as Window,
         check_moment as check_moment,
     )
+    from sparsehooks.computing import kernels as kernels
     from sparsehooks.coupling import Coupling as Coupling, Member as Member, find_couplings as find_couplings
     from sparsehooks.errors import (
         ArtifactError as ArtifactError,
@@ -112,8 +114,9 @@ _HOME = {
     "artifact.folder": "decompress inspect verify",
     "artifact.write": "save_pretrained",
     "catalog": "Component Registry",
-    "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Exporter Moment Need Pattern "
-    "Quantizer Regularizer Schedule Solver Support Window check_moment",
+    "components": "Activation Allocation Backend Codec ComponentBase Criterion Distiller Exporter Kernels Moment Need "
+    "Pattern Quantizer Regularizer Schedule Solver Support Window check_moment",
+    "computing": "kernels",
     "coupling": "Coupling Member find_couplings",
     "errors": "ArtifactError PlanError PluginError RecipeError SessionError SparseHooksError",
     "grids": "Steps fake_quantize min_max read_grid significant",

@@ -625,6 +625,100 @@ class Codec(ComponentBase):
         """The data again, bit for bit: same dtype and shape as ``encode`` received."""
 
 
+class Kernels(ComponentBase):
+    """What computes the inner loops of files and masks?
+
+    Recipes do not choose: the kernels of an installed plugin are taken where they can run and give the same bits as the
+    built-in ``numpy``, the reference (``sparsehooks.kernels``). Codecs and masks have checked what they pass on. Arrays
+    have one dimension; they may lie anywhere in memory and be read-only, and only ``scatter`` writes to one. Positions
+    are intp and ascend. Several threads may call at once.
+    """
+
+    kind = "kernels"
+
+    def problem(self) -> str | None:
+        """Why they cannot run here, in a few words, or None. Default: they can."""
+        return None
+
+    @abstractmethod
+    def nonzero(self, values: np.ndarray, shift: int) -> np.ndarray:
+        """The positions of unsigned integers that are not zero once they are shifted left by 0 or 1 bit."""
+
+    @abstractmethod
+    def pack_bits(self, positions: np.ndarray, size: int) -> bytes:
+        """A bit for each of ``size`` elements, the first in the lowest bit of a byte, 1 at the positions."""
+
+    @abstractmethod
+    def unpack_bits(self, part: memoryview) -> np.ndarray:
+        """The positions of the bits that are 1."""
+
+    @abstractmethod
+    def pack_planes(self, numbers: np.ndarray, width: int) -> bytes:
+        """Each bit of all numbers as one bitmap, the lowest bits first; unused last bits of a bitmap are 0.
+
+        Args:
+            numbers: uint8 or uint16, less than ``2 ** width``.
+            width: bits a number, at most 16.
+        """
+
+    @abstractmethod
+    def unpack_planes(self, part: memoryview, width: int, count: int) -> np.ndarray:
+        """The numbers again: uint8 where the width allows it, else uint16; shape (count,).
+
+        Raises:
+            ValueError: if the part has not ``width * ceil(count / 8)`` bytes.
+        """
+
+    @abstractmethod
+    def split_gaps(self, positions: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of zeros before each position, as Golomb-Rice codes split them.
+
+        Args:
+            positions: of what is not zero.
+            low: low bits of a number, at most 15.
+
+        Returns:
+            the low bits (uint8 where their number allows it, else uint16), and the positions of the ones in the unary
+            parts: a one for each number, after as many zeros as the rest of its bits say.
+        """
+
+    @abstractmethod
+    def join_gaps(self, gaps: np.ndarray, ones: np.ndarray | None = None, low: int = 0) -> np.ndarray:
+        """The positions again.
+
+        Args:
+            gaps: the numbers of zeros (uint8, uint16 or int64), or their low bits.
+            ones: of the unary parts; None: there are none.
+            low: low bits of a number.
+
+        Raises:
+            ValueError: if there are not as many gaps as ones.
+        """
+
+    @abstractmethod
+    def scatter(self, dense: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
+        """Write values to positions of an array of the same dtype.
+
+        Raises:
+            ValueError: if there are not as many values as positions.
+            IndexError: if a position lies outside; others may be written then.
+        """
+
+    @abstractmethod
+    def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+        """How many scores lie above ``high``, and those from ``low`` to ``high``, in their order.
+
+        Args:
+            scores: contiguous, on the CPU, of float16, bfloat16, float32 or float64; a NaN lies nowhere.
+            low: a number of that dtype.
+            high: likewise, not less.
+        """
+
+    @abstractmethod
+    def largest(self, scores: Tensor, cut: float, ties: int) -> Tensor:
+        """The bool mask of the scores above ``cut`` and of the first ``ties`` that are equal to it."""
+
+
 # ---------------------------------------------------------------------------------------------------- running
 
 
@@ -730,6 +824,7 @@ KINDS: Mapping[str, type[ComponentBase]] = {
         Quantizer,
         Distiller,
         Codec,
+        Kernels,
         Backend,
         Exporter,
     )

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsehooks.components import Kernels
+from sparsehooks.computing import kernels, reference
 from sparsehooks.errors import SessionError
 
 
@@ -83,15 +85,9 @@ def select(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str,
         if count in (0, tensor.numel()):
             masks[name] = torch.full_like(tensor, count > 0, dtype=torch.bool)
             continue
-        flat = tensor.flatten()
+        flat = tensor.flatten().contiguous()
         cut = _cut([flat], count)
-        wanted = count - cut.above[0]
-        if wanted == cut.equal[0]:
-            mask = flat >= cut.value
-        else:
-            mask = flat > cut.value
-            mask[torch.nonzero(flat == cut.value).flatten()[:wanted]] = True
-        masks[name] = mask.view(tensor.shape)
+        masks[name] = _kernels(flat).largest(flat, cut.value, count - cut.above[0]).view(tensor.shape)
     return masks
 
 
@@ -104,6 +100,8 @@ class _Cut:
     equal: list[int]
 
 
+SELECTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that kernels select among, on the CPU; the reference takes any other, and other devices."""
 SAMPLE = 1 << 16
 """How many values bracket the k-th largest before it is found exactly."""
 
@@ -118,15 +116,15 @@ def _cut(tensors: Sequence[Tensor], k: int) -> _Cut:
     total = sum(tensor.numel() for tensor in tensors)
     # one dtype for all: compared with a value that it cannot hold, a tensor would round it
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    tensors = [tensor.to(dtype) for tensor in tensors]
+    tensors = [tensor.to(dtype).contiguous() for tensor in tensors]
     low, high = float("-inf"), float("inf")
     if total > 4 * SAMPLE:
         stride = total // SAMPLE
-        sample = torch.cat([tensor[::stride] for tensor in tensors]).float().sort(descending=True).values
-        middle = k / total * sample.numel()
-        spread = 4 * (sample.numel() * (k / total) * (1 - k / total)) ** 0.5 + 2
-        high = sample[int(middle - spread)].item() if middle >= spread else high
-        low = sample[int(middle + spread)].item() if middle + spread < sample.numel() else low
+        sample = torch.cat([tensor[::stride] for tensor in tensors]).float().cpu().numpy()
+        middle = k / total * sample.size
+        spread = 4 * (sample.size * (k / total) * (1 - k / total)) ** 0.5 + 2
+        high = _descending(sample, int(middle - spread)) if middle >= spread else high
+        low = _descending(sample, int(middle + spread)) if middle + spread < sample.size else low
     cut = _cut_inside(tensors, k, low, high)
     return cut if cut is not None else _cut_inside(tensors, k, float("-inf"), float("inf"))  # type: ignore[return-value]
 
@@ -135,10 +133,9 @@ def _cut_inside(tensors: Sequence[Tensor], k: int, low: float, high: float) -> _
     wide = torch.promote_types(tensors[0].dtype, torch.float32)  # torch selects in no narrower one on CPUs
     above, inside = [], []
     for tensor in tensors:
-        upper = tensor > high
-        above.append(int(torch.count_nonzero(upper)))
-        middle = (tensor >= low) ^ upper
-        inside.append(tensor[_nonzero(middle)].to(wide))
+        upper, middle = _kernels(tensor).between(tensor, low, high)
+        above.append(upper)
+        inside.append(middle.to(wide))
     wanted = k - sum(above)
     together = torch.cat(inside)
     if not 0 < wanted <= together.numel():
@@ -151,10 +148,16 @@ def _cut_inside(tensors: Sequence[Tensor], k: int, low: float, high: float) -> _
     )
 
 
-def _nonzero(mask: Tensor) -> Tensor:
-    if mask.device.type == "cpu":  # numpy finds the few set bytes several times faster than torch
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().flatten()
+def _descending(sample: np.ndarray, place: int) -> float:
+    """The value at a place of the sample, sorted in descending order."""
+    ascending = sample.size - 1 - place
+    return float(np.partition(sample, ascending)[ascending])
+
+
+def _kernels(scores: Tensor) -> Kernels:
+    """Those that select among scores where they are."""
+    compiled = scores.device.type == "cpu" and scores.dtype in SELECTED
+    return kernels() if compiled else reference()
 
 
 def straight_through(weight: Tensor, mask: Tensor) -> Tensor:

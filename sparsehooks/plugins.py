@@ -48,6 +48,7 @@ BUILTINS = (
     "quantizers",
     "distillers",
     "codecs",
+    "kernels",
     "backends",
     "exporters",
 )

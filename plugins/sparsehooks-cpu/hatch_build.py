@@ -16,6 +16,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = Path(__file__).parent / "src" / "sparsehooks_cpu"
+SOURCES = ("kernels.cpp", "routines.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 
 
@@ -46,7 +47,8 @@ def compile_kernels() -> str | None:
         out = PACKAGE / variants["file"](name)
         made = out.with_name(f".{os.getpid()}.{out.name}")  # others may be reading it
         for threads in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
-            command = [*compiler.split(), *FLAGS, *flags, *threads, str(PACKAGE / "kernels.cpp"), "-o", str(made)]
+            sources = [str(PACKAGE / source) for source in SOURCES]
+            command = [*compiler.split(), *FLAGS, *flags, *threads, *sources, "-o", str(made)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)  # noqa: S603
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparsehooks.artifact.header import ALL, DTYPES, MAGIC, MAX_CHUNK, MAX_DIMS, Chunk, Header, padding, write_header
 from sparsehooks.components import LEVELS, Codec, Level
+from sparsehooks.computing import kernels
 from sparsehooks.views import Layout
 
 MIN_SAVED_SHARE = 0.1
@@ -166,7 +167,7 @@ class _Candidate(NamedTuple):
 def _encode_chunk(bits: np.ndarray, layout: Layout, candidates: Sequence[_Candidate], sign: int) -> _Encoded | None:
     """The smallest pair of parts, of all pairs of codecs; None if none can hold the values."""
     best: _Encoded | None = None
-    nonzero = _nonzero(bits, sign)
+    nonzero = kernels().nonzero(bits, sign)
     positions_codecs = [candidate for candidate in candidates if candidate.codec.role == "positions"]
     values_codecs = [candidate for candidate in candidates if candidate.codec.role == "values"]
     for data, (positions, part) in _positions(nonzero, replace(layout, count=nonzero.size), positions_codecs):
@@ -217,13 +218,3 @@ def _smallest(candidates: Sequence[_Candidate], data: np.ndarray, layout: Layout
         if best is None or len(part) * candidate.cost < best[0]:
             best = len(part) * candidate.cost, candidate.name, part
     return None if best is None else best[1:]
-
-
-def _nonzero(bits: np.ndarray, sign: int) -> np.ndarray:
-    """The positions of all values that are not zero, ascending."""
-    mask = bits << sign != 0
-    count = np.count_nonzero(mask)
-    if bits.size // 50 < count <= bits.size // 10:
-        # numpy searches for each nonzero where at most a tenth are, which is slower than its other way until a fiftieth
-        mask = np.concatenate([mask, np.ones(bits.size // 8, np.bool_)])
-    return np.flatnonzero(mask)[:count]

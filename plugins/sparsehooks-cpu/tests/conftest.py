@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_configure():
     package = ROOT / "src" / "sparsehooks_cpu"
-    sources = [ROOT / "hatch_build.py", package / "kernels.cpp", package / "variants.py"]
+    sources = [ROOT / "hatch_build.py", package / "variants.py", *package.glob("*.cpp")]
     built = list(package.glob("kernels_*.so"))
     if built and min(path.stat().st_mtime for path in built) > max(path.stat().st_mtime for path in sources):
         return

@@ -197,7 +197,7 @@ class TestLibrary:
         assert "cannot be loaded: " in self.refused(caplog)
 
     def test_a_library_that_was_compiled_before(self, monkeypatch, caplog):
-        monkeypatch.setattr(module, "LAYOUT", (0, *module.LAYOUT[1:]))
+        monkeypatch.setitem(module.AGREED, "sparsehooks_layout", (0, 0, 0, 0))
         assert "is of another version; install sparsehooks-cpu again" in self.refused(caplog)
 
     def test_no_memory(self, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsehooks import ArtifactError, Codec, Layout
+from sparsehooks import ArtifactError, Codec, Layout, kernels
 
 
 class Bitmap(Codec):
@@ -18,9 +18,7 @@ class Bitmap(Codec):
 
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """Pack the bits."""
-        bits = np.zeros(layout.size, np.bool_)
-        bits[data] = True
-        return np.packbits(bits, bitorder="little").tobytes()
+        return kernels().pack_bits(data, layout.size)
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """Unpack the bits."""
@@ -28,8 +26,7 @@ class Bitmap(Codec):
             raise ArtifactError(f"the bitmap has {len(part)} bytes for {layout.size} elements")
         if layout.size % 8 and part[-1] >> (layout.size % 8):
             raise ArtifactError("the bitmap has bits set after its end")
-        bits = np.unpackbits(np.frombuffer(part, np.uint8), count=layout.size, bitorder="little")
-        positions = np.flatnonzero(bits.view(np.bool_))
+        positions = kernels().unpack_bits(part)
         if positions.size != layout.count:
             raise ArtifactError(f"the bitmap has {positions.size} bits set for {layout.count} values")
         return positions

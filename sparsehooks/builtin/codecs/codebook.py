@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsehooks import ArtifactError, Codec, Layout
+from sparsehooks import ArtifactError, Codec, Layout, kernels
 from sparsehooks.builtin.codecs.entropy import squeeze, unsqueeze
-from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks.builtin.codecs.planes import planes_length
 
 _MOST = 256
 _SAMPLE = 512
@@ -31,14 +31,14 @@ class Codebook(Codec):
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """The table and the indices."""
         head, indices, width = _indexed(data)
-        return head + pack_planes(indices, width)
+        return head + kernels().pack_planes(indices, width)
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """Look the values up."""
         table, rest = _read_table(part, layout)
         if len(rest) != planes_length(layout.count, _width(table)):
             raise ArtifactError(f"the indices do not fit {layout.count} values of {table.size} different ones")
-        return _look_up(table, unpack_planes(rest, _width(table), layout.count))
+        return _look_up(table, kernels().unpack_planes(rest, _width(table), layout.count))
 
 
 class CodebookEntropy(Codec):

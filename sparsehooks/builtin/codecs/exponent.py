@@ -11,10 +11,10 @@ import struct
 
 import numpy as np
 
-from sparsehooks import ArtifactError, Codec, Layout
+from sparsehooks import ArtifactError, Codec, Layout, kernels
 from sparsehooks.builtin.codecs.entropy import squeeze, unsqueeze
 from sparsehooks.builtin.codecs.gaps import GapBytes
-from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks.builtin.codecs.planes import planes_length
 
 _DTYPES = ("F32", "BF16", "F16")
 _GAPS = GapBytes()
@@ -71,7 +71,7 @@ class Exponent(Codec):
             places,
             exponents[exceptions].tobytes(),
             rotated.astype(np.uint8).tobytes(),
-            pack_planes((rotated >> 8 & 7).astype(np.uint8), 3) if layout.dtype == "F16" else b"",
+            kernels().pack_planes((rotated >> 8 & 7).astype(np.uint8), 3) if layout.dtype == "F16" else b"",
         ])  # fmt: skip
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
@@ -100,7 +100,7 @@ class Exponent(Codec):
             exponents[found] = others.astype(np.uint16) << shift
         exponents |= np.frombuffer(rest[:count], np.uint8).astype(np.uint16)
         if layout.dtype == "F16":
-            exponents |= unpack_planes(rest[count:], 3, count).astype(np.uint16) << 8
+            exponents |= kernels().unpack_planes(rest[count:], 3, count).astype(np.uint16) << 8
         return _restore(halves, exponents, layout)
 
 
@@ -152,7 +152,7 @@ class ExponentEntropy(Codec):
         if (tops[1:] <= tops[:-1]).any() or tops[-1:].max(initial=0) >= 1 << (16 - width):
             raise ArtifactError("the different exponents are not in ascending order, or too large")
         rotated = (tops << width).take(indices)
-        rotated |= unpack_planes(rest, width, count)
+        rotated |= kernels().unpack_planes(rest, width, count)
         return _restore(halves, rotated, layout)
 
 
@@ -174,7 +174,7 @@ def _tops(data: np.ndarray, layout: Layout) -> tuple[int, int, np.ndarray, np.nd
     symbols = np.flatnonzero(np.bincount(tops)).astype(np.uint16)
     index_of = np.zeros(int(symbols[-1]) + 1, np.uint8)
     index_of[symbols] = np.arange(symbols.size)
-    return taken, width, symbols, index_of[tops], pack_planes(rotated & np.uint16((1 << width) - 1), width)
+    return taken, width, symbols, index_of[tops], kernels().pack_planes(rotated & np.uint16((1 << width) - 1), width)
 
 
 def _upper(data: np.ndarray) -> np.ndarray:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
-from sparsehooks import ArtifactError, Codec, Layout
-from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks import ArtifactError, Codec, Layout, kernels
+from sparsehooks.builtin.codecs.planes import planes_length
 
 _MAX_LOW = 15
 _LARGE = 255
@@ -35,12 +34,10 @@ class Gaps(Codec):
 
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """Split each gap."""
-        low, gaps = _low_bits(layout), gaps_of(data)
-        ones = running_sum((gaps >> low) + 1) - 1
-        unary = np.zeros(ones[-1] + 1 if ones.size else 0, np.bool_)
-        unary[ones] = True
-        lowest = (gaps & (1 << low) - 1).astype(np.uint8 if low <= 8 else np.uint16)
-        return bytes([low]) + np.packbits(unary, bitorder="little").tobytes() + pack_planes(lowest, low)
+        low = _low_bits(layout)
+        lowest, ones = kernels().split_gaps(data, low)
+        unary = kernels().pack_bits(ones, int(ones[-1]) + 1 if ones.size else 0)
+        return bytes([low]) + unary + kernels().pack_planes(lowest, low)
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """Add the gaps up."""
@@ -51,14 +48,10 @@ class Gaps(Codec):
         end = len(part) - planes_length(count, low)
         if not 1 <= end <= 1 + -(-(count + (layout.size >> low)) // 8):
             raise ArtifactError(f"{len(part)} bytes are not {count} gaps with {low} low bits")
-        ones = np.flatnonzero(np.unpackbits(np.frombuffer(part[1:end], np.uint8), bitorder="little").view(np.bool_))
+        ones = kernels().unpack_bits(part[1:end])
         if ones.size != count or end - 1 != (ones[-1] // 8 + 1 if count else 0):
             raise ArtifactError(f"the unary parts are not those of {count} gaps")
-        # before a one lie the ones of earlier positions, and the high parts of all gaps up to it
-        positions: np.ndarray = ones << low
-        if low:
-            positions += running_sum(unpack_planes(part[end:], low, count))
-            positions -= np.arange(0, count * ((1 << low) - 1), (1 << low) - 1)
+        positions = kernels().join_gaps(kernels().unpack_planes(part[end:], low, count), ones, low) if low else ones
         return _within(positions, layout)
 
 
@@ -73,7 +66,7 @@ class GapBytes(Codec):
 
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """Set the large gaps apart."""
-        gaps = gaps_of(data)
+        gaps = np.diff(data, prepend=-1) - 1
         steps, large = np.minimum(gaps, _LARGE).astype(np.uint8), gaps[gaps >= _LARGE].astype(np.uint32)
         return b"".join([steps.tobytes(), large.tobytes()])
 
@@ -86,22 +79,7 @@ class GapBytes(Codec):
         if large.size:
             gaps = gaps.astype(np.int64)
             gaps[large] = np.frombuffer(part[layout.count :], np.uint8).view(np.uint32)
-        positions = running_sum(gaps)
-        positions += np.arange(layout.count)
-        return _within(positions, layout)
-
-
-def gaps_of(positions: np.ndarray) -> np.ndarray:
-    """How many zeros lie before each position."""
-    gaps = positions.copy()
-    gaps[1:] -= positions[:-1] + 1
-    return gaps
-
-
-def running_sum(numbers: np.ndarray) -> np.ndarray:
-    """The sums up to each number, int64; torch adds four times as fast as numpy."""
-    sums: np.ndarray = torch.from_numpy(np.require(numbers, requirements="W")).cumsum(0, dtype=torch.int64).numpy()
-    return sums
+        return _within(kernels().join_gaps(gaps), layout)
 
 
 def _within(positions: np.ndarray, layout: Layout) -> np.ndarray:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsehooks import ArtifactError, Codec, Layout
+from sparsehooks import ArtifactError, Codec, Layout, kernels
 from sparsehooks.builtin.codecs.entropy import squeeze, unsqueeze
-from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks.builtin.codecs.planes import planes_length
 from sparsehooks.builtin.codecs.tiles import (
     DTYPES,
     SMALLEST,
@@ -51,14 +51,14 @@ class Grid(Codec):
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """What the codes mean, and the codes as bit planes."""
         found = _checked(data, layout)
-        return found.head + pack_planes(found.codes, found.width)
+        return found.head + kernels().pack_planes(found.codes, found.width)
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """The products of levels and scales."""
         meaning, rest = _read(part, layout)
         if len(rest) != planes_length(layout.count, meaning.width):
             raise ArtifactError(f"{len(rest)} bytes are not {layout.count} codes of {meaning.width} bits")
-        return meaning.values(unpack_planes(rest, meaning.width, layout.count), layout)
+        return meaning.values(kernels().unpack_planes(rest, meaning.width, layout.count), layout)
 
 
 class GridEntropy(Codec):
@@ -118,7 +118,7 @@ def _written(found: Found, layout: Layout) -> _Written:
         zeros = np.zeros(found.scales.size, np.int32)
         np.maximum.at(zeros, numbers, levels.zero - places)
         places = places - levels.zero + zeros[numbers]
-        more = pack_planes(zeros.astype(np.uint8), levels.width)
+        more = kernels().pack_planes(zeros.astype(np.uint8), levels.width)
     form, scales = _packed(found.scales)
     head = _HEAD.pack(levels.width, kind, form, 0, *found.tile)
     return _Written(head + scales + more, levels.width, places.astype(np.uint8))
@@ -193,7 +193,7 @@ def _read(part: memoryview, layout: Layout) -> tuple[_Meaning, memoryview]:
     elif kind == _ASYMMETRIC:
         table = np.arange(most + 1, dtype=np.float32)
         packed, rest = _cut(rest, planes_length(scales.size, width))
-        zeros = unpack_planes(packed, width, scales.size).astype(np.float32)
+        zeros = kernels().unpack_planes(packed, width, scales.size).astype(np.float32)
     else:
         packed, rest = _cut(rest, 4 * (most + 1))
         table = np.frombuffer(packed, np.float32)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsehooks import ArtifactError, Codec, Layout, from_codes, row_scales, to_codes
+from sparsehooks import ArtifactError, Codec, Layout, from_codes, kernels, row_scales, to_codes
 from sparsehooks.builtin.codecs.entropy import squeeze, unsqueeze
-from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks.builtin.codecs.planes import planes_length
 from sparsehooks.builtin.codecs.tiles import hopeless
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -36,14 +36,14 @@ class Integer(Codec):
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """Scales and codes."""
         head, codes, width = _encoded(data, layout)
-        return head + (codes.tobytes() if width == 8 else pack_planes(codes, width))
+        return head + (codes.tobytes() if width == 8 else kernels().pack_planes(codes, width))
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """The products of codes and scales."""
         width, scales, rest = _read_scales(part, layout)
         if len(rest) != _codes_length(layout.count, width):
             raise ArtifactError(f"{len(rest)} bytes are not {layout.count} codes of {width} bits")
-        codes = np.frombuffer(rest, np.uint8) if width == 8 else unpack_planes(rest, width, layout.count)
+        codes = np.frombuffer(rest, np.uint8) if width == 8 else kernels().unpack_planes(rest, width, layout.count)
         return _products(codes, scales, width, layout)
 
 

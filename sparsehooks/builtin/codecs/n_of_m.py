@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsehooks import ArtifactError, Codec, Layout
-from sparsehooks.builtin.codecs.planes import pack_planes, planes_length, unpack_planes
+from sparsehooks import ArtifactError, Codec, Layout, kernels
+from sparsehooks.builtin.codecs.planes import planes_length
 
 _GROUPS = (2, 4, 8, 16)
 _SAMPLE = 1024
@@ -83,7 +83,7 @@ class NOfM(Codec):
         digits = np.zeros((_words(form, layout), form.groups), np.float32)
         digits.reshape(-1)[: masks.size] = _number_of_mask(form).take(masks)
         words = digits @ (form.choices ** np.arange(form.groups)).astype(np.float32)  # exact: at most 16 bits
-        return bytes([form.n, form.m]) + pack_planes(words.astype(np.uint16), form.width)
+        return bytes([form.n, form.m]) + kernels().pack_planes(words.astype(np.uint16), form.width)
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:
         """The positions of each combination."""
@@ -94,7 +94,7 @@ class NOfM(Codec):
             raise ArtifactError(f"{layout.count} values are not {form.n} of each {form.m} of {layout.size} elements")
         if len(part) != 2 + planes_length(_words(form, layout), form.width):
             raise ArtifactError(f"{len(part)} bytes are not the {form.n}:{form.m} positions of {layout.size} elements")
-        words = unpack_planes(part[2:], form.width, _words(form, layout))
+        words = kernels().unpack_planes(part[2:], form.width, _words(form, layout))
         unused = -(layout.size // form.m) % form.groups
         if words.max() >= form.choices**form.groups or words[-1] >= form.choices ** (form.groups - unused):
             raise ArtifactError(f"a group of {form.m} has no such combination of {form.n} positions")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sparsehooks import ArtifactError, Codec, Layout
+from sparsehooks import ArtifactError, Codec, Layout, kernels
 from sparsehooks.builtin.codecs.bitmap import Bitmap
 from sparsehooks.builtin.codecs.gaps import Gaps
 
@@ -52,9 +52,7 @@ class Submatrix(Codec):
             raise ValueError("no row or column is empty")
         parts = b""
         for kept, size in zip(found, (layout.rows, layout.columns), strict=True):
-            bits = np.zeros(size, np.bool_)
-            bits[kept] = True
-            parts += np.packbits(bits, bitorder="little").tobytes()
+            parts += kernels().pack_bits(kept, size)
         inner, within = _within(data, layout, *found)
         if inner.size == within.size:
             return parts + bytes([_ALL])
@@ -117,5 +115,4 @@ def _outer(rows: np.ndarray, columns: np.ndarray, layout: Layout) -> np.ndarray:
 def _unpack(part: memoryview, size: int) -> np.ndarray:
     if size % 8 and part[-1] >> (size % 8):
         raise ArtifactError("the rows or columns of the sub-matrix have bits set after their end")
-    bits = np.unpackbits(np.frombuffer(part, np.uint8), count=size, bitorder="little")
-    return np.flatnonzero(bits.view(np.bool_))
+    return kernels().unpack_bits(part)

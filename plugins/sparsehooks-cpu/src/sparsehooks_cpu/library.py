@@ -19,8 +19,25 @@ from sparsehooks_cpu.packing import LANES, PANEL, ROWS
 
 VARIABLE = "SPARSEHOOKS_CPU_VARIANT"
 """An environment variable that names the variant to take, in place of the best that the CPU can run."""
-LAYOUT = (1, ROWS, PANEL, LANES)
-"""What the library has to agree with: the version of its interface, and the order of packed weights."""
+PADDING = 8
+"""Positions that a routine may write beyond the last."""
+AGREED = {"sparsehooks_layout": (1, ROWS, PANEL, LANES), "sparsehooks_routines": (1, PADDING)}
+"""What the library has to agree with: the versions of its interfaces, and the order of packed weights."""
+ROUTINES = {
+    "flag": "pnnip n",
+    "count": "pn n",
+    "unpack_bits": "pnp -",
+    "pack_bits": "pnnp i",
+    "pack_planes": "pnnip -",
+    "unpack_planes": "pinp -",
+    "split_gaps": "pnipp -",
+    "join_gaps": "pnnpip -",
+    "scatter": "pnnppn i",
+    "between": "pnnppp n",
+    "largest": "pnnpnp -",
+}
+"""The inner loops of files and masks: what they take and what they return, as ``TYPES`` calls it."""
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "-": None}
 KERNELS = ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16", "int8_float32")
 """What is multiplied, and the dtype of inputs and outputs."""
 
@@ -67,11 +84,13 @@ class Library(NamedTuple):
     Attributes:
         variant: for which CPUs it was compiled.
         kernels: by name.
+        routines: the inner loops of files and masks, by name.
         problem: why there are none.
     """
 
     variant: str = ""
     kernels: dict[str, Callable[..., int]] = {}  # noqa: RUF012 - never changed
+    routines: dict[str, Callable[..., int]] = {}  # noqa: RUF012 - never changed
     problem: str = ""
 
 
@@ -100,10 +119,10 @@ def _load() -> Library:
     path = _folder() / variants.file(chosen)
     try:
         loaded = ctypes.CDLL(str(path))
-        layout = tuple((ctypes.c_int64 * len(LAYOUT)).in_dll(loaded, "sparsehooks_layout"))
+        found = {name: tuple((ctypes.c_int64 * len(values)).in_dll(loaded, name)) for name, values in AGREED.items()}
     except (OSError, ValueError) as error:
         return Library(problem=f"'{path}' cannot be loaded: {error}")
-    if layout != LAYOUT:
+    if found != AGREED:
         return Library(problem=f"'{path}' is of another version; install sparsehooks-cpu again")
     kernels: dict[str, Callable[..., int]] = {}
     for name in KERNELS:
@@ -111,7 +130,11 @@ def _load() -> Library:
             kernel = getattr(loaded, f"sparsehooks_{name}")
             kernel.argtypes = [ctypes.POINTER(_Weights), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             kernels[name] = kernel
-    return Library(chosen, kernels)
+    routines: dict[str, Callable[..., int]] = {}
+    for name, signature in ROUTINES.items():
+        routines[name] = routine = getattr(loaded, f"sparsehooks_{name}")
+        *routine.argtypes, _, routine.restype = [TYPES[letter] for letter in signature.replace(" ", "-")]
+    return Library(chosen, kernels, routines)
 
 
 def _folder() -> Path:

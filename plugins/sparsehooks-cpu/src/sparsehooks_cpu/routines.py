@@ -1,0 +1,103 @@
+"""The inner loops of files and masks, compiled; see routines.cpp."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsehooks import Kernels
+from sparsehooks_cpu.library import PADDING, library
+
+
+class Cpu(Kernels):
+    """One pass over memory each, on one thread; without Python's global lock."""
+
+    def problem(self) -> str | None:
+        """Why there is no library."""
+        return library().problem or None
+
+    def nonzero(self, values: np.ndarray, shift: int) -> np.ndarray:
+        """A bit for each value, and the positions of the bits."""
+        bits = np.empty(-(-values.size // 8), np.uint8)
+        ones = _call("flag", values, values.itemsize, values.size, shift, bits)
+        return _positions(bits, ones)
+
+    def pack_bits(self, positions: np.ndarray, size: int) -> bytes:
+        """Through a byte for each bit, in pieces."""
+        bits = np.empty(-(-size // 8), np.uint8)
+        if not _call("pack_bits", positions, positions.size, size, bits):
+            raise IndexError(f"the positions do not ascend below {size}")
+        return bits.tobytes()
+
+    def unpack_bits(self, part: memoryview) -> np.ndarray:
+        """By a table of bytes."""
+        bits = np.frombuffer(part, np.uint8)
+        return _positions(bits, _call("count", bits, bits.size))
+
+    def pack_planes(self, numbers: np.ndarray, width: int) -> bytes:
+        """Eight numbers at once."""
+        planes = np.empty(width * -(-numbers.size // 8), np.uint8)
+        _call("pack_planes", numbers, numbers.itemsize, numbers.size, width, planes)
+        return planes.tobytes()
+
+    def unpack_planes(self, part: memoryview, width: int, count: int) -> np.ndarray:
+        """Eight numbers at once."""
+        planes = np.frombuffer(part, np.uint8)
+        if planes.size != width * -(-count // 8):
+            raise ValueError(f"{planes.size} bytes are not {count} numbers of {width} bits")
+        numbers = np.empty(count, np.uint8 if width <= 8 else np.uint16)
+        _call("unpack_planes", planes, width, count, numbers)
+        return numbers
+
+    def split_gaps(self, positions: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
+        """In one pass."""
+        lowest = np.empty(positions.size, np.uint8 if low <= 8 else np.uint16)
+        ones = np.empty(positions.size, np.intp)
+        _call("split_gaps", positions, positions.size, low, lowest, ones)
+        return lowest, ones
+
+    def join_gaps(self, gaps: np.ndarray, ones: np.ndarray | None = None, low: int = 0) -> np.ndarray:
+        """By a running sum."""
+        if ones is not None and ones.size != gaps.size:
+            raise ValueError(f"there are {gaps.size} gaps for {ones.size} ones")
+        positions = np.empty(gaps.size, np.intp)
+        _call("join_gaps", gaps, gaps.itemsize, gaps.size, ones, low, positions)
+        return positions
+
+    def scatter(self, dense: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
+        """One after another."""
+        if values.size != positions.size or values.dtype != dense.dtype:
+            raise ValueError(f"{values.size} values of {values.dtype} are not {positions.size} of {dense.dtype}")
+        if not _call("scatter", dense, dense.itemsize, dense.size, positions, values, values.size):
+            raise IndexError(f"a position lies outside of {dense.size} elements")
+
+    def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+        """Only scores near one that lies inside are looked at twice."""
+        inside, above = torch.empty_like(scores), np.empty(1, np.int64)
+        bounds = torch.tensor([low, high, torch.inf], dtype=scores.dtype)
+        found = _call("between", scores, scores.itemsize, scores.numel(), bounds, inside, above)
+        return int(above[0]), inside[:found].clone()
+
+    def largest(self, scores: Tensor, cut: float, ties: int) -> Tensor:
+        """In one pass."""
+        mask = torch.empty(scores.shape, dtype=torch.bool)
+        bounds = torch.tensor([cut, torch.inf], dtype=scores.dtype)
+        _call("largest", scores, scores.itemsize, scores.numel(), bounds, ties, mask)
+        return mask
+
+
+def _call(routine: str, *arguments: np.ndarray | Tensor | int | None) -> int:
+    return library().routines[routine](*map(_argument, arguments))
+
+
+def _argument(value: np.ndarray | Tensor | int | None) -> int | None:
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _positions(bits: np.ndarray, ones: int) -> np.ndarray:
+    positions = np.empty(ones + PADDING, np.intp)
+    _call("unpack_bits", bits, bits.size, positions)
+    return positions[:ones]
