@@ -630,8 +630,8 @@ class Kernels(ComponentBase):
 
     Recipes do not choose: the kernels of an installed plugin are taken where they can run and give the same bits as the
     built-in ``numpy``, the reference (``sparsehooks.kernels``). Codecs and masks have checked what they pass on. Arrays
-    have one dimension; they may lie anywhere in memory and be read-only, and only ``scatter`` writes to one. Positions
-    are intp and ascend. Several threads may call at once.
+    have one dimension and may be read-only; nothing is written to them. Positions are intp and ascend. Several threads may
+    call at once.
     """
 
     kind = "kernels"
@@ -693,15 +693,6 @@ class Kernels(ComponentBase):
 
         Raises:
             ValueError: if there are not as many gaps as ones.
-        """
-
-    @abstractmethod
-    def scatter(self, dense: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
-        """Write values to positions of an array of the same dtype.
-
-        Raises:
-            ValueError: if there are not as many values as positions.
-            IndexError: if a position lies outside; others may be written then.
         """
 
     @abstractmethod

@@ -121,13 +121,6 @@ def _of_positions(random: np.random.Generator, positions: np.ndarray, size: int)
         dense[positions] = values[positions]
         signs = np.where(dense == 0, dtype(1) << dtype(8 * dense.itemsize - 1), dense)
         yield from (("nonzero", (bits, shift)) for bits in (dense, signs, values) for shift in (0, 1))
-        part = np.frombuffer(b"\0" + values[: positions.size].tobytes(), np.uint8)[1:].view(dtype)  # read-only
-        yield "scatter", (np.zeros(size + 1, dtype)[1:], positions, part)
-        yield "scatter", (np.zeros(size, dtype), positions, values[: positions.size - 1])
-    if positions.size:
-        for outside in (-1, size, np.iinfo(np.intp).max, np.iinfo(np.intp).min):
-            places = np.append(positions[1:], outside)
-            yield "scatter", (np.zeros(size, np.uint8), places, np.ones(places.size, np.uint8))
 
 
 def _of_scores(random: np.random.Generator, size: int, dtype: torch.dtype) -> Iterator[Call]:

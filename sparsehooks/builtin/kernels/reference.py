@@ -67,18 +67,6 @@ class Numpy(Kernels):
         positions -= np.arange(gaps.size) * ((1 << low) - 1)
         return positions
 
-    def scatter(self, dense: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
-        """By torch, which scatters faster than numpy, signed numbers only."""
-        if values.size != positions.size:
-            raise ValueError(f"there are {values.size} values for {positions.size} positions")
-        signed = f"i{dense.itemsize}"
-        found = torch.from_numpy(np.require(values, requirements="W").view(signed))
-        places = torch.from_numpy(np.require(positions, requirements="W"))
-        try:
-            torch.from_numpy(dense.view(signed)).scatter_(0, places, found)
-        except RuntimeError as error:
-            raise IndexError(f"a position lies outside of {dense.size} elements") from error
-
     def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
         """By comparing twice."""
         above = scores > high

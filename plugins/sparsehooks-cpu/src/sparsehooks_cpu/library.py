@@ -19,9 +19,7 @@ from sparsehooks_cpu.packing import LANES, PANEL, ROWS
 
 VARIABLE = "SPARSEHOOKS_CPU_VARIANT"
 """An environment variable that names the variant to take, in place of the best that the CPU can run."""
-PADDING = 8
-"""Positions that a routine may write beyond the last."""
-AGREED = {"sparsehooks_layout": (1, ROWS, PANEL, LANES), "sparsehooks_routines": (1, PADDING)}
+AGREED = {"sparsehooks_layout": (1, ROWS, PANEL, LANES), "sparsehooks_routines": (1,)}
 """What the library has to agree with: the versions of its interfaces, and the order of packed weights."""
 ROUTINES = {
     "flag": "pnnip n",
@@ -29,10 +27,9 @@ ROUTINES = {
     "unpack_bits": "pnp -",
     "pack_bits": "pnnp i",
     "pack_planes": "pnnip -",
-    "unpack_planes": "pinp -",
+    "unpack_planes": "pinnp -",
     "split_gaps": "pnipp -",
     "join_gaps": "pnnpip -",
-    "scatter": "pnnppn i",
     "between": "pnnppp n",
     "largest": "pnnpnp -",
 }

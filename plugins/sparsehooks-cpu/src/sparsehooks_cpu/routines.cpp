@@ -5,7 +5,7 @@
 // are checked by the caller (routines.py); positions that index memory are checked here. What is read needs no alignment.
 //
 // Positions of bits come from a table: eight for each byte, of which as many count as it has ones, so that a loop over
-// bytes has no branches. It writes up to PADDING positions beyond the last.
+// bytes has no branches.
 
 #include <cstdint>
 #include <cstring>
@@ -16,13 +16,10 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bits are counted from 
 
 namespace {
 
-constexpr int64_t PADDING = 8;
-constexpr int64_t BLOCK = 4096;  // elements that are flagged at a time, in the first cache
+constexpr int64_t BLOCK = 4096;  // elements that have a byte at a time, in the first cache
 constexpr int TESTED = 32;       // scores that are compared before any of them is looked at
 
-typedef uint8_t Bytes __attribute__((vector_size(8)));
-typedef uint16_t Shorts __attribute__((vector_size(16)));
-typedef int64_t Longs __attribute__((vector_size(64)));
+typedef uint16_t Eight __attribute__((vector_size(16)));
 
 template <class T>
 inline T load(const void* from) {
@@ -55,59 +52,88 @@ inline auto sized(int64_t itemsize, F run) {
 // ---------------------------------------------------------------------------------------------------------- bits
 
 struct Tables {
-  uint8_t places[256][8];  // of the ones in a byte
+  uint16_t places[256][8];  // of the ones in a byte
   uint8_t ones[256];       // how many it has
-  uint64_t spread[256];    // a byte for each bit
 };
 
 constexpr Tables make_tables() {
   Tables made{};
   for (int byte = 0; byte < 256; ++byte)
     for (int bit = 0; bit < 8; ++bit)
-      if (byte >> bit & 1) {
-        made.places[byte][made.ones[byte]++] = uint8_t(bit);
-        made.spread[byte] |= uint64_t(1) << 8 * bit;
-      }
+      if (byte >> bit & 1) made.places[byte][made.ones[byte]++] = uint16_t(bit);
   return made;
 }
 
 constexpr Tables TABLES = make_tables();
 
-// The lowest bit of each of eight bytes.
+// The bits of eight bytes that are 0 or 1.
 inline uint8_t gather(uint64_t bytes) {
-  return uint8_t((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56);
+  bytes = (bytes | bytes >> 7) & 0x0003000300030003;
+  bytes = (bytes | bytes >> 14) & 0x0000000F0000000F;
+  return uint8_t(bytes | bytes >> 28);
 }
 
-template <class T>
-int64_t flag(const T* values, int64_t count, int shift, uint8_t* bits) {
-  int64_t ones = 0;
-  uint8_t flags[BLOCK];
-  for (int64_t start = 0; start < count; start += BLOCK) {
-    const int64_t size = count - start < BLOCK ? count - start : BLOCK;
-    for (int64_t i = 0; i < size; ++i) flags[i] = T(load(values, start + i) << shift) != 0;
-    for (int64_t i = size; i % 8; ++i) flags[i] = 0;
-    for (int64_t i = 0; i < size; i += 8) {
-      const uint8_t byte = gather(load<uint64_t>(flags + i));
-      bits[(start + i) / 8] = byte;
-      ones += TABLES.ones[byte];
-    }
-  }
+inline void gather(const uint8_t* bytes, int64_t count, uint8_t* bits) {
+  for (int64_t i = 0; i < count; ++i) bits[i] = gather(load((const uint64_t*)bytes, i));
+}
+
+int64_t count_ones(const uint8_t* bits, int64_t bytes) {
+  int64_t ones = 0, i = 0;
+  for (; i + 8 <= bytes; i += 8) ones += __builtin_popcountll(load<uint64_t>(bits + i));
+  for (; i < bytes; ++i) ones += TABLES.ones[bits[i]];
   return ones;
 }
 
 template <class T>
-void pack_planes(const T* numbers, int64_t count, int width, uint8_t* planes) {
-  const int64_t bytes = (count + 7) / 8;
-  for (int64_t i = 0; i < bytes; ++i) {
-    T eight[8] = {};
-    std::memcpy(eight, numbers + 8 * i, sizeof(T) * (count - 8 * i < 8 ? count - 8 * i : 8));
-    uint64_t low = 0, high = 0;
-    for (int j = 0; j < 8; ++j) {
-      low |= uint64_t(uint8_t(eight[j])) << 8 * j;
-      if (sizeof(T) > 1) high |= uint64_t(uint16_t(eight[j]) >> 8) << 8 * j;
-    }
+int64_t flag(const T* values, int64_t count, int shift, uint8_t* bits) {
+  alignas(64) uint8_t flags[BLOCK];
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const int64_t size = count - start < BLOCK ? count - start : BLOCK, bytes = (size + 7) / 8;
+    for (int64_t i = 0; i < size; ++i) flags[i] = T(load(values, start + i) << shift) != 0;
+    std::memset(flags + size, 0, 8 * bytes - size);
+    gather(flags, bytes, bits + start / 8);
+  }
+  return count_ones(bits, (count + 7) / 8);
+}
+
+// A matrix of 8x8 bits, a row a byte (Warren 2012, "Hacker's Delight", 7-3).
+inline uint64_t transpose(uint64_t rows) {
+  uint64_t odd = (rows ^ rows >> 7) & 0x00AA00AA00AA00AA;
+  rows ^= odd ^ odd << 7;
+  odd = (rows ^ rows >> 14) & 0x0000CCCC0000CCCC;
+  rows ^= odd ^ odd << 14;
+  odd = (rows ^ rows >> 28) & 0x00000000F0F0F0F0;
+  return rows ^ odd ^ odd << 28;
+}
+
+// The planes of the bits of numbers from `shift` on, at most eight of them.
+template <class T>
+void pack_planes(const T* numbers, int64_t count, int shift, int width, uint8_t* planes) {
+  const int64_t length = (count + 7) / 8;
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const int64_t size = count - start < BLOCK ? count - start : BLOCK, words = (size + 7) / 8;
+    alignas(64) uint8_t bytes[BLOCK];
+    alignas(64) uint64_t rows[BLOCK / 8];
+    for (int64_t i = 0; i < size; ++i) bytes[i] = uint8_t(load(numbers, start + i) >> shift);
+    std::memset(bytes + size, 0, 8 * words - size);
+    for (int64_t i = 0; i < words; ++i) rows[i] = transpose(load<uint64_t>(bytes + 8 * i));
     for (int plane = 0; plane < width; ++plane)
-      planes[plane * bytes + i] = gather(plane < 8 ? low >> plane : high >> (plane - 8));
+      for (int64_t i = 0; i < words; ++i) planes[plane * length + start / 8 + i] = uint8_t(rows[i] >> 8 * plane);
+  }
+}
+
+// Sets the bits of numbers from `shift` on, which are zero.
+template <class T>
+void unpack_planes(const uint8_t* planes, int64_t count, int shift, int width, T* numbers) {
+  const int64_t length = (count + 7) / 8;
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const int64_t size = count - start < BLOCK ? count - start : BLOCK, words = (size + 7) / 8;
+    alignas(64) uint8_t bytes[BLOCK];
+    alignas(64) uint64_t rows[BLOCK / 8] = {};
+    for (int plane = 0; plane < width; ++plane)
+      for (int64_t i = 0; i < words; ++i) rows[i] |= uint64_t(planes[plane * length + start / 8 + i]) << 8 * plane;
+    for (int64_t i = 0; i < words; ++i) store((uint64_t*)bytes, i, transpose(rows[i]));
+    for (int64_t i = 0; i < size; ++i) numbers[start + i] |= T(bytes[i] << shift);
   }
 }
 
@@ -115,34 +141,29 @@ void pack_planes(const T* numbers, int64_t count, int width, uint8_t* planes) {
 
 template <class T>
 void join_gaps(const T* gaps, int64_t count, const int64_t* ends, int low, int64_t* positions) {
-  int64_t sum = -1;
-  for (int64_t i = 0; i < count; ++i) {
-    sum += int64_t(load(gaps, i)) + 1;
-    positions[i] = sum;
+  int64_t sum = 0, i = 0;
+  for (; i + 4 <= count; i += 4) {  // one addition waits for the one before, not four
+    const int64_t one = load(gaps, i), two = one + load(gaps, i + 1), third = load(gaps, i + 2);
+    positions[i] = i + sum + one;
+    positions[i + 1] = i + 1 + sum + two;
+    positions[i + 2] = i + 2 + sum + two + third;
+    sum += two + (third + int64_t(load(gaps, i + 3)));
+    positions[i + 3] = i + 3 + sum;
   }
+  for (; i < count; ++i) positions[i] = i + (sum += load(gaps, i));
   if (ends != nullptr)
-    for (int64_t i = 0; i < count; ++i) positions[i] += (load(ends, i) - i) << low;
+    for (i = 0; i < count; ++i) positions[i] += (load(ends, i) - i) << low;
 }
 
 template <class T>
 void split_gaps(const int64_t* positions, int64_t count, int low, T* lowest, int64_t* ends) {
-  int64_t before = -1, end = -1;
+  // the low bits first, of all: what is left of positions without them is a multiple of the ones
+  int64_t sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t position = load(positions, i), gap = position - before - 1;
-    before = position;
+    const int64_t gap = load(positions, i) - (i ? load(positions, i - 1) : -1) - 1;
     lowest[i] = T(gap & ((int64_t(1) << low) - 1));
-    ends[i] = end += (gap >> low) + 1;
   }
-}
-
-template <class T>
-int scatter(T* dense, int64_t size, const int64_t* positions, const T* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t position = load(positions, i);
-    if (uint64_t(position) >= uint64_t(size)) return 0;
-    store(dense, position, load(values, i));
-  }
-  return 1;
+  for (int64_t i = 0; i < count; ++i) ends[i] = ((load(positions, i) - i - (sum += lowest[i])) >> low) + i;
 }
 
 // --------------------------------------------------------------------------------------------------------- scores
@@ -216,33 +237,35 @@ void largest(const T* values, int64_t count, const T* bounds, int64_t ties, uint
 
 extern "C" {
 
-// What the Python code has to agree with: the version of this interface, PADDING.
-int64_t sparsehooks_routines[2] = {1, PADDING};
+// What the Python code has to agree with: the version of this interface.
+int64_t sparsehooks_routines[1] = {1};
 
 // How many of the values have bits below the highest `shift`; bits: (count + 7) / 8 bytes.
 int64_t sparsehooks_flag(const void* values, int64_t itemsize, int64_t count, int shift, uint8_t* bits) {
   return sized(itemsize, [=](auto one) { return flag((const decltype(one)*)values, count, shift, bits); });
 }
 
-int64_t sparsehooks_count(const uint8_t* bits, int64_t bytes) {
-  int64_t ones = 0, i = 0;
-  for (; i + 8 <= bytes; i += 8) ones += __builtin_popcountll(load<uint64_t>(bits + i));
-  for (; i < bytes; ++i) ones += TABLES.ones[bits[i]];
-  return ones;
-}
+int64_t sparsehooks_count(const uint8_t* bits, int64_t bytes) { return count_ones(bits, bytes); }
 
-// positions: as many as there are ones, and PADDING.
+// positions: as many as there are ones.
 void sparsehooks_unpack_bits(const uint8_t* bits, int64_t bytes, int64_t* positions) {
-  for (int64_t i = 0; i < bytes; ++i) {
-    const Longs found = __builtin_convertvector(load<Bytes>(TABLES.places[bits[i]]), Longs) + 8 * i;
-    std::memcpy(positions, &found, sizeof(found));
-    positions += TABLES.ones[bits[i]];
+  uint16_t near[BLOCK + 8];  // within a block
+  for (int64_t start = 0; start < bytes; start += BLOCK / 8) {
+    const int64_t end = bytes - start < BLOCK / 8 ? bytes : start + BLOCK / 8;
+    int64_t found = 0;
+    for (int64_t i = start; i < end; ++i) {
+      const Eight places = load<Eight>(TABLES.places[bits[i]]) + uint16_t(8 * (i - start));
+      std::memcpy(near + found, &places, sizeof(places));
+      found += TABLES.ones[bits[i]];
+    }
+    for (int64_t i = 0; i < found; ++i) positions[i] = 8 * start + near[i];
+    positions += found;
   }
 }
 
 // bits: (size + 7) / 8 bytes. Zero if the positions do not ascend below size.
 int sparsehooks_pack_bits(const int64_t* positions, int64_t count, int64_t size, uint8_t* bits) {
-  uint8_t flags[BLOCK];
+  alignas(64) uint8_t flags[BLOCK];
   int64_t next = 0;
   for (int64_t start = 0; start < size; start += BLOCK) {
     const int64_t end = size - start < BLOCK ? size : start + BLOCK;
@@ -253,29 +276,27 @@ int sparsehooks_pack_bits(const int64_t* positions, int64_t count, int64_t size,
       if (position < start) return 0;
       flags[position - start] = 1;
     }
-    for (int64_t i = start; i < end; i += 8) bits[i / 8] = gather(load<uint64_t>(flags + i - start));
+    gather(flags, (end - start + 7) / 8, bits + start / 8);
   }
   return next == count;
 }
 
 // numbers: of 1 or 2 bytes; planes: width times (count + 7) / 8 bytes.
 void sparsehooks_pack_planes(const void* numbers, int64_t itemsize, int64_t count, int width, uint8_t* planes) {
-  sized(itemsize, [=](auto one) { pack_planes((const decltype(one)*)numbers, count, width, planes); });
+  sized(itemsize, [=](auto one) {
+    for (int shift = 0; shift < width; shift += 8)
+      pack_planes((const decltype(one)*)numbers, count, shift, width - shift < 8 ? width - shift : 8,
+                  planes + shift * ((count + 7) / 8));
+  });
 }
 
-// numbers: of 1 byte, or of 2 where the width is more than 8.
-void sparsehooks_unpack_planes(const uint8_t* planes, int width, int64_t count, uint8_t* numbers) {
-  const int64_t bytes = (count + 7) / 8;
-  const int itemsize = width > 8 ? 2 : 1;
-  for (int64_t i = 0; i < bytes; ++i) {
-    uint64_t low = 0, high = 0;
-    for (int plane = 0; plane < width && plane < 8; ++plane) low |= TABLES.spread[planes[plane * bytes + i]] << plane;
-    for (int plane = 8; plane < width; ++plane) high |= TABLES.spread[planes[plane * bytes + i]] << (plane - 8);
-    const Shorts wide = __builtin_convertvector(load<Bytes>(&low), Shorts) |
-                        __builtin_convertvector(load<Bytes>(&high), Shorts) << 8;
-    const void* eight = itemsize == 1 ? (const void*)&low : (const void*)&wide;
-    std::memcpy(numbers + 8 * itemsize * i, eight, itemsize * (count - 8 * i < 8 ? count - 8 * i : 8));
-  }
+// numbers: zeros of 1 or 2 bytes.
+void sparsehooks_unpack_planes(const uint8_t* planes, int width, int64_t count, int64_t itemsize, void* numbers) {
+  sized(itemsize, [=](auto one) {
+    for (int shift = 0; shift < width; shift += 8)
+      unpack_planes(planes + shift * ((count + 7) / 8), count, shift, width - shift < 8 ? width - shift : 8,
+                    (decltype(one)*)numbers);
+  });
 }
 
 // ends may be null.
@@ -288,15 +309,6 @@ void sparsehooks_join_gaps(const void* gaps, int64_t itemsize, int64_t count, co
 void sparsehooks_split_gaps(const int64_t* positions, int64_t count, int low, void* lowest, int64_t* ends) {
   if (low <= 8) return split_gaps(positions, count, low, (uint8_t*)lowest, ends);
   split_gaps(positions, count, low, (uint16_t*)lowest, ends);
-}
-
-// Zero if a position lies outside; values before it are written.
-int sparsehooks_scatter(void* dense, int64_t itemsize, int64_t size, const int64_t* positions, const void* values,
-                        int64_t count) {
-  return sized(itemsize, [=](auto one) {
-    typedef decltype(one) T;
-    return scatter((T*)dense, size, positions, (const T*)values, count);
-  });
 }
 
 // bounds: low, high and infinity; inside: room for all values. How many lie inside.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsehooks import Kernels
-from sparsehooks_cpu.library import PADDING, library
+from sparsehooks_cpu.library import library
 
 
 class Cpu(Kernels):
@@ -46,8 +46,8 @@ class Cpu(Kernels):
         planes = np.frombuffer(part, np.uint8)
         if planes.size != width * -(-count // 8):
             raise ValueError(f"{planes.size} bytes are not {count} numbers of {width} bits")
-        numbers = np.empty(count, np.uint8 if width <= 8 else np.uint16)
-        _call("unpack_planes", planes, width, count, numbers)
+        numbers = np.zeros(count, np.uint8 if width <= 8 else np.uint16)
+        _call("unpack_planes", planes, width, count, numbers.itemsize, numbers)
         return numbers
 
     def split_gaps(self, positions: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,13 +64,6 @@ class Cpu(Kernels):
         positions = np.empty(gaps.size, np.intp)
         _call("join_gaps", gaps, gaps.itemsize, gaps.size, ones, low, positions)
         return positions
-
-    def scatter(self, dense: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
-        """One after another."""
-        if values.size != positions.size or values.dtype != dense.dtype:
-            raise ValueError(f"{values.size} values of {values.dtype} are not {positions.size} of {dense.dtype}")
-        if not _call("scatter", dense, dense.itemsize, dense.size, positions, values, values.size):
-            raise IndexError(f"a position lies outside of {dense.size} elements")
 
     def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
         """Only scores near one that lies inside are looked at twice."""
@@ -98,6 +91,6 @@ def _argument(value: np.ndarray | Tensor | int | None) -> int | None:
 
 
 def _positions(bits: np.ndarray, ones: int) -> np.ndarray:
-    positions = np.empty(ones + PADDING, np.intp)
+    positions = np.empty(ones, np.intp)
     _call("unpack_bits", bits, bits.size, positions)
-    return positions[:ones]
+    return positions
