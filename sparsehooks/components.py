@@ -696,6 +696,10 @@ class Kernels(ComponentBase):
         """
 
     @abstractmethod
+    def checksum(self, data: bytes | memoryview, start: int = 0) -> int:
+        """The CRC-32 of contiguous bytes, as zlib has it; ``start`` is that of the bytes before them."""
+
+    @abstractmethod
     def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
         """How many scores lie above ``high``, and those from ``low`` to ``high``, in their order.
 

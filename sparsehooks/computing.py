@@ -98,6 +98,8 @@ def calls(sizes: Sequence[int]) -> Iterator[Call]:
 def _of_bits(random: np.random.Generator, size: int) -> Iterator[Call]:
     for bits in (np.zeros(size, np.uint8), np.full(size, 255, np.uint8), random.integers(0, 256, size, np.uint8)):
         yield "unpack_bits", (memoryview(bytes(bits)),)
+    data = random.bytes(8 * size + 1)
+    yield from (("checksum", (memoryview(data)[first:], start)) for first in (0, 1) for start in (0, 1, 0xFFFFFFFF))
     for width in range(17):
         length = width * -(-size // 8)
         yield "unpack_planes", (memoryview(random.bytes(length)), width, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sparsehooks.artifact.header import ALL, DTYPES, Chunk, Header, Read, padding, parse_header
 from sparsehooks.components import Codec
+from sparsehooks.computing import kernels
 from sparsehooks.errors import ArtifactError
 from sparsehooks.views import Layout
 
@@ -107,7 +107,7 @@ class Blob:
             data = self._read(self._starts[number], self._starts[number + 1] - self._starts[number])
             middle = positions_length + padding(positions_length)
             end = middle + values_length
-            if zlib.crc32(data) != crc or any(data[positions_length:middle]) or any(data[end:]):
+            if kernels().checksum(data) != crc or any(data[positions_length:middle]) or any(data[end:]):
                 raise ArtifactError(f"the file is damaged: chunk {number} does not match its checksum")
             kept = None
             if positions_place != ALL:

@@ -16,7 +16,6 @@ back as +0.0 unless ``signed_zeros`` is asked for (``weight * mask`` makes half 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -115,7 +114,8 @@ def encode(
         first, second = chunk.codecs
         places = ALL if first is None else names.index(first), names.index(second)
         lengths = len(chunk.parts[0]), len(chunk.parts[1])
-        table.append(Chunk(chunk.kept, *lengths, zlib.crc32(parts[1], zlib.crc32(parts[0])), *places))
+        crc = kernels().checksum(parts[1], kernels().checksum(parts[0]))
+        table.append(Chunk(chunk.kept, *lengths, crc, *places))
         blob += parts[0]
         blob += parts[1]
         if len(blob) - room > limit:

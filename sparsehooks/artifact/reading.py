@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from sparsehooks.artifact.shards import CHECKSUMS, MAX_HEADER, Entry, Shard, of_nothing, parse_json
 from sparsehooks.artifact.stored import holds_blob
+from sparsehooks.computing import kernels
 from sparsehooks.errors import ArtifactError
 
 METHOD = "sparsehooks"
@@ -225,7 +225,7 @@ def check_tensor(shard: Shard, entry: Entry, expected: Mapping[str, int]) -> Non
     """
     found = 0 if entry.length else of_nothing(entry.shape)
     for offset in range(0, entry.length, _PIECE):
-        found = zlib.crc32(shard.read_bytes(entry, offset, min(_PIECE, entry.length - offset)), found)
+        found = kernels().checksum(shard.read_bytes(entry, offset, min(_PIECE, entry.length - offset)), found)
     if expected.get(entry.name) != found and (entry.length or expected.get(entry.name) != 0):  # 0: of an older release
         raise ArtifactError(
             f"'{shard.path}' is damaged: tensor '{entry.name}' does not match its checksum; get the file again"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsehooks.artifact.container import Rows
+from sparsehooks.computing import kernels
 from sparsehooks.errors import ArtifactError
 
 CHECKSUMS = "sparsehooks.crc32"
@@ -197,7 +198,7 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def checksum(tensor: Tensor) -> int:
     """The CRC-32 of a tensor's bytes in row-major order; of its shape, if it has none."""
-    return zlib.crc32(_bytes(tensor)) if tensor.numel() else of_nothing(tensor.shape)
+    return kernels().checksum(_bytes(tensor)) if tensor.numel() else of_nothing(tensor.shape)
 
 
 def of_nothing(shape: Sequence[int]) -> int:
@@ -259,7 +260,7 @@ class ShardWriter:
                 tensor, crc, start = load(name), 0, self.bytes
                 for piece in _pieces(tensor):
                     file.write(piece)
-                    crc = zlib.crc32(piece, crc)
+                    crc = kernels().checksum(piece, crc)
                     self.bytes += len(piece)
                 self.checksums[name] = crc if self.bytes > start else of_nothing(tuple(tensor.shape))
                 self._header[name] = _fields(_NAMES[tensor.dtype], tuple(tensor.shape), start, self.bytes)

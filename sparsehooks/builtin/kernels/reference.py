@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,6 +68,10 @@ class Numpy(Kernels):
         positions += ones << low
         positions -= np.arange(gaps.size) * ((1 << low) - 1)
         return positions
+
+    def checksum(self, data: bytes | memoryview, start: int = 0) -> int:
+        """By zlib."""
+        return zlib.crc32(data, start)
 
     def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
         """By comparing twice."""

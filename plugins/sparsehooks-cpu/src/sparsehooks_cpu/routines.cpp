@@ -12,6 +12,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bits are counted from the lowest byte on");
 
 namespace {
@@ -82,6 +86,17 @@ int64_t count_ones(const uint8_t* bits, int64_t bytes) {
   for (; i + 8 <= bytes; i += 8) ones += __builtin_popcountll(load<uint64_t>(bits + i));
   for (; i < bytes; ++i) ones += TABLES.ones[bits[i]];
   return ones;
+}
+
+// The places of the ones in a block of bits, of which there are as many as is returned; eight more may be written.
+inline int64_t unpack_block(const uint8_t* bits, int64_t bytes, uint16_t* near) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < bytes; ++i) {
+    const Eight places = load<Eight>(TABLES.places[bits[i]]) + uint16_t(8 * i);
+    std::memcpy(near + found, &places, sizeof(places));
+    found += TABLES.ones[bits[i]];
+  }
+  return found;
 }
 
 template <class T>
@@ -166,6 +181,70 @@ void split_gaps(const int64_t* positions, int64_t count, int low, T* lowest, int
   for (int64_t i = 0; i < count; ++i) ends[i] = ((load(positions, i) - i - (sum += lowest[i])) >> low) + i;
 }
 
+// ------------------------------------------------------------------------------------------------------ checksums
+
+#if defined(__x86_64__)
+
+// CRC-32 of zlib: a polynomial modulo P, of which the lowest bit of the first byte has the highest power. Blocks of 16
+// bytes are carried to those behind them, where powers of x are replaced by what they are modulo P (Gopal et al. 2009,
+// "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction").
+
+constexpr uint32_t POLYNOMIAL = 0xEDB88320;
+
+struct Remainders {
+  uint32_t of_byte[256];
+};
+
+constexpr Remainders make_remainders() {
+  Remainders made{};
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    uint32_t rest = byte;
+    for (int bit = 0; bit < 8; ++bit) rest = rest >> 1 ^ (rest & 1 ? POLYNOMIAL : 0);
+    made.of_byte[byte] = rest;
+  }
+  return made;
+}
+
+constexpr Remainders REMAINDERS = make_remainders();
+
+// x to a power modulo P, as one of 64 bits.
+constexpr int64_t power(int exponent) {
+  uint32_t rest = 0x80000000;
+  for (; exponent > 0; --exponent) rest = rest >> 1 ^ (rest & 1 ? POLYNOMIAL : 0);
+  return int64_t(uint64_t(rest) << 32);
+}
+
+// What 16 bytes are so many bits later; a product of reversed bits has one power more than the polynomials.
+template <int DISTANCE>
+__attribute__((target("pclmul"))) inline __m128i carry(__m128i block) {
+  const __m128i powers = _mm_set_epi64x(power(DISTANCE - 1), power(DISTANCE + 63));
+  return _mm_clmulepi64_si128(block, powers, 0x00) ^ _mm_clmulepi64_si128(block, powers, 0x11);
+}
+
+__attribute__((target("pclmul"))) uint32_t checksum(const uint8_t* data, int64_t size, uint32_t start) {
+  uint32_t rest = ~start;
+  if (size >= 64) {
+    __m128i first = load<__m128i>(data) ^ _mm_cvtsi32_si128(int(rest)), second = load<__m128i>(data + 16);
+    __m128i third = load<__m128i>(data + 32), fourth = load<__m128i>(data + 48);
+    for (data += 64, size -= 64; size >= 64; data += 64, size -= 64) {
+      first = carry<512>(first) ^ load<__m128i>(data);
+      second = carry<512>(second) ^ load<__m128i>(data + 16);
+      third = carry<512>(third) ^ load<__m128i>(data + 32);
+      fourth = carry<512>(fourth) ^ load<__m128i>(data + 48);
+    }
+    first = carry<128>(carry<128>(carry<128>(first) ^ second) ^ third) ^ fourth;
+    for (; size >= 16; data += 16, size -= 16) first = carry<128>(first) ^ load<__m128i>(data);
+    uint8_t bytes[16];
+    std::memcpy(bytes, &first, sizeof(bytes));
+    rest = 0;
+    for (uint8_t byte : bytes) rest = rest >> 8 ^ REMAINDERS.of_byte[(rest ^ byte) & 255];
+  }
+  for (; size > 0; ++data, --size) rest = rest >> 8 ^ REMAINDERS.of_byte[(rest ^ *data) & 255];
+  return ~rest;
+}
+
+#endif
+
 // --------------------------------------------------------------------------------------------------------- scores
 
 // Floating-point numbers as integers of the same order; T is signed, of their width.
@@ -196,22 +275,26 @@ template <class T>
 int64_t between(const T* values, int64_t count, const T* bounds, T* inside, int64_t* above) {
   const T low = Range<T>(load(bounds, 0)).low, high = Range<T>(load(bounds, 1)).high;
   const T infinity = ordered(load(bounds, 2));
+  alignas(64) uint8_t flags[BLOCK];
+  uint8_t bits[BLOCK / 8];
+  uint16_t near[BLOCK + 8];
   int64_t found = 0;
   *above = 0;
-  blockwise(count, [&](int64_t start, int64_t end) {
-    T some = 0, more = 0;
-    for (int64_t i = start; i < end; ++i) {
-      const T key = ordered(load(values, i));
-      some |= T(key >= low) & T(key <= high);
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const int64_t size = count - start < BLOCK ? count - start : BLOCK, bytes = (size + 7) / 8;
+    T more = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const T key = ordered(load(values, start + i));
+      flags[i] = uint8_t(key >= low) & uint8_t(key <= high);
       more += T(key > high) & T(key <= infinity);
     }
     *above += more;
-    for (int64_t i = start; some && i < end; ++i) {
-      const T value = load(values, i), key = ordered(value);
-      store(inside, found, value);
-      found += (key >= low) & (key <= high);
-    }
-  });
+    std::memset(flags + size, 0, 8 * bytes - size);
+    gather(flags, bytes, bits);
+    const int64_t some = unpack_block(bits, bytes, near);
+    for (int64_t i = 0; i < some; ++i) store(inside, found + i, load(values, start + near[i]));
+    found += some;
+  }
   return found;
 }
 
@@ -249,15 +332,9 @@ int64_t sparsehooks_count(const uint8_t* bits, int64_t bytes) { return count_one
 
 // positions: as many as there are ones.
 void sparsehooks_unpack_bits(const uint8_t* bits, int64_t bytes, int64_t* positions) {
-  uint16_t near[BLOCK + 8];  // within a block
+  uint16_t near[BLOCK + 8];
   for (int64_t start = 0; start < bytes; start += BLOCK / 8) {
-    const int64_t end = bytes - start < BLOCK / 8 ? bytes : start + BLOCK / 8;
-    int64_t found = 0;
-    for (int64_t i = start; i < end; ++i) {
-      const Eight places = load<Eight>(TABLES.places[bits[i]]) + uint16_t(8 * (i - start));
-      std::memcpy(near + found, &places, sizeof(places));
-      found += TABLES.ones[bits[i]];
-    }
+    const int64_t found = unpack_block(bits + start, bytes - start < BLOCK / 8 ? bytes - start : BLOCK / 8, near);
     for (int64_t i = 0; i < found; ++i) positions[i] = 8 * start + near[i];
     positions += found;
   }
@@ -309,6 +386,14 @@ void sparsehooks_join_gaps(const void* gaps, int64_t itemsize, int64_t count, co
 void sparsehooks_split_gaps(const int64_t* positions, int64_t count, int low, void* lowest, int64_t* ends) {
   if (low <= 8) return split_gaps(positions, count, low, (uint8_t*)lowest, ends);
   split_gaps(positions, count, low, (uint16_t*)lowest, ends);
+}
+
+// start: the checksum of what comes before. -1 if the CPU has no instructions for it.
+int64_t sparsehooks_checksum(const uint8_t* data, int64_t size, int64_t start) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("pclmul")) return checksum(data, size, uint32_t(start));
+#endif
+  return -1;
 }
 
 // bounds: low, high and infinity; inside: room for all values. How many lie inside.
