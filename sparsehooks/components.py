@@ -629,9 +629,8 @@ class Kernels(ComponentBase):
     """What computes the inner loops of files and masks?
 
     Recipes do not choose: the kernels of an installed plugin are taken where they can run and give the same bits as the
-    built-in ``numpy``, the reference (``sparsehooks.kernels``). Codecs and masks have checked what they pass on. Arrays
-    have one dimension and may be read-only; nothing is written to them. Positions are intp and ascend. Several threads may
-    call at once.
+    built-in ``numpy``, the reference (``sparsehooks.kernels``). Arrays have one dimension, are contiguous and may be
+    read-only; nothing is written to them. Positions are intp and ascend. Several threads may call at once.
     """
 
     kind = "kernels"

@@ -106,8 +106,8 @@ def _of_bits(random: np.random.Generator, size: int) -> Iterator[Call]:
         yield "unpack_planes", (memoryview(random.bytes(length + 1)), width, size)
         for dtype in (np.uint8, np.uint16)[width > 8 :]:
             yield "pack_planes", (random.integers(0, 1 << width, size + 1).astype(dtype)[1:], width)
-    for dtype in (np.uint8, np.uint16, np.int64):
-        yield "join_gaps", (random.integers(0, 256, size + 1).astype(dtype)[1:],)
+    for numbers in (random.integers(0, 256, size + 1).astype(name)[1:] for name in ("u1", "u2", "i8")):
+        yield "join_gaps", (numbers,)
 
 
 def _of_positions(random: np.random.Generator, positions: np.ndarray, size: int) -> Iterator[Call]:

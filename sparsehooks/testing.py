@@ -25,6 +25,7 @@ from sparsehooks.components import (
     Criterion,
     Distiller,
     Exporter,
+    Kernels,
     Pattern,
     Quantizer,
     Regularizer,
@@ -632,6 +633,18 @@ def _values() -> Iterator[tuple[np.ndarray, Layout]]:
             yield dense[positions], Layout(name, 6, 16, positions.size, positions)
 
 
+def _check_kernels(component: ComponentBase) -> None:
+    from sparsehooks.computing import calls, difference
+
+    kernels = cast(Kernels, component)
+    problem = kernels.problem()
+    assert problem is None or (isinstance(problem, str) and problem), "problem() must be None or the reason in words"
+    if problem is None:
+        sizes = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 129, 513, 4096, 4099)  # around those of vectors and blocks
+        wrong = difference(kernels, lambda: calls(sizes))
+        assert wrong is None, wrong
+
+
 # ---------------------------------------------------------------------------------------------------- running
 
 
@@ -770,6 +783,7 @@ _CHECKS = {
     "quantizer": _check_quantizer,
     "distiller": _check_distiller,
     "codec": _check_codec,
+    "kernels": _check_kernels,
     "backend": _check_backend,
     "exporter": _check_exporter,
 }

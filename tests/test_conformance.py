@@ -25,6 +25,7 @@ from sparsehooks import (
     hookimpl,
     load_state_dict,
 )
+from sparsehooks.builtin.kernels.reference import Numpy
 from sparsehooks.components import KINDS
 from sparsehooks.plugins import installed_catalog
 from sparsehooks.testing import check_component
@@ -429,6 +430,34 @@ class Far(Listed):
         return positions
 
 
+class Wrapping(Numpy):
+    """Finds one position too few."""
+
+    def nonzero(self, values, shift):
+        return super().nonzero(values, shift)[:-1]
+
+
+class Lenient(Numpy):
+    """Takes any number of bytes."""
+
+    def unpack_planes(self, part, width, count):
+        return super().unpack_planes(part[: width * -(-count // 8)], width, count)
+
+
+class Overwriting(Numpy):
+    """Adds gaps up where they are."""
+
+    def join_gaps(self, gaps, ones=None, low=0):
+        found = super().join_gaps(gaps, ones, low)
+        gaps[:] = 0
+        return found
+
+
+class Speechless(Numpy):
+    def problem(self):
+        return ""
+
+
 class Silent(Backend):
     def supports(self, layer, device):
         return Support(ok=False)
@@ -596,6 +625,10 @@ WRONG = {
     Narrow: "must give int64, got int32",
     Disorderly: "must give ascending positions",
     Far: "within the chunk",
+    Wrapping: r"nonzero\(\) differs from the reference for 1 of uint8, 0",
+    Lenient: r"unpack_planes\(\) differs from the reference for 1 bytes, 0, 0",
+    Overwriting: r"join_gaps\(\) differs from the reference for 1 of uint8",
+    Speechless: "reason in words",
     Silent: "reason for a no",
     Rounding: "keep the outputs of tokens",
     Coarse: "keep the outputs of tokens",

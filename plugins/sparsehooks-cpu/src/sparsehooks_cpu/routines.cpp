@@ -340,7 +340,7 @@ void sparsehooks_unpack_bits(const uint8_t* bits, int64_t bytes, int64_t* positi
   }
 }
 
-// bits: (size + 7) / 8 bytes. Zero if the positions do not ascend below size.
+// bits: (size + 7) / 8 bytes. Zero if one lies outside, or before an earlier block.
 int sparsehooks_pack_bits(const int64_t* positions, int64_t count, int64_t size, uint8_t* bits) {
   alignas(64) uint8_t flags[BLOCK];
   int64_t next = 0;

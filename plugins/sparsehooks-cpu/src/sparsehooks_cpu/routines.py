@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from sparsehooks import Kernels
 from sparsehooks_cpu.library import library
+
+_Start = ctypes.c_char * 0
 
 
 class Cpu(Kernels):
@@ -29,7 +33,7 @@ class Cpu(Kernels):
         """Through a byte for each bit, in pieces."""
         bits = np.empty(-(-size // 8), np.uint8)
         if not _call("pack_bits", positions, positions.size, size, bits):
-            raise IndexError(f"the positions do not ascend below {size}")
+            raise IndexError(f"a position lies outside of {size} bits")
         return bits.tobytes()
 
     def unpack_bits(self, part: memoryview) -> np.ndarray:
@@ -92,9 +96,13 @@ def _call(routine: str, *arguments: np.ndarray | Tensor | int | None) -> int:
     return library().routines[routine](*map(_argument, arguments))
 
 
-def _argument(value: np.ndarray | Tensor | int | None) -> int | None:
+def _argument(value: np.ndarray | Tensor | int | None) -> Any:
+    """What C gets for it: of an array where it begins."""
     if isinstance(value, np.ndarray):
-        return value.ctypes.data
+        if not value.flags.c_contiguous:
+            raise ValueError(f"an array of {value.size} elements is not contiguous")
+        # the short way, a quarter of the other's time
+        return _Start.from_buffer(value.data) if value.flags.writeable else value.ctypes.data
     return value.data_ptr() if isinstance(value, Tensor) else value
 
 

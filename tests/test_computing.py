@@ -1,0 +1,140 @@
+"""Which kernels compute: those of a plugin that gives the bits of the reference, or the reference itself."""
+
+import warnings
+
+import pytest
+import torch
+
+import sparsehooks
+from sparsehooks import Component, PluginManager, computing, hookimpl, masks
+from sparsehooks.artifact.blob import decode
+from sparsehooks.artifact.container import encode
+from sparsehooks.artifact.folder import load_codecs
+from sparsehooks.builtin.kernels.reference import Numpy
+
+
+class Same(Numpy):
+    """A plugin that does it right, and counts."""
+
+    count = 0
+
+    def unpack_bits(self, part):
+        Same.count += 1
+        return super().unpack_bits(part)
+
+
+class Absent(Numpy):
+    def problem(self):
+        return "there is no compiler"
+
+
+class Lying(Numpy):
+    def unpack_bits(self, part):
+        return super().unpack_bits(part)[1:]
+
+
+class Raising(Numpy):
+    def pack_planes(self, numbers, width):
+        raise OSError("the library is gone")
+
+
+class Broken(Numpy):
+    def problem(self):
+        raise SystemExit("no")
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Makes plugins with these kernels the installed ones."""
+    Same.count = 0
+
+    def offer(**kernels):
+        class Plugin:
+            @hookimpl
+            def register_components(self, registry):
+                for name, target in kernels.items():
+                    registry.add(Component("kernels", name, target, "of a test"))
+
+        catalog = PluginManager([Plugin()], autoload=False).catalog
+        monkeypatch.setattr(computing, "installed_catalog", lambda: catalog)
+        computing.kernels.cache_clear()
+
+    yield offer
+    computing.kernels.cache_clear()
+
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+def test_without_a_plugin_the_reference_computes(offered):
+    offered()
+    assert not warned(sparsehooks.kernels)
+    assert type(sparsehooks.kernels()) is Numpy
+
+
+def test_the_first_plugin_that_can_run_here_computes(offered):
+    offered(a=Absent, b=Same, c=Numpy)
+    assert not warned(sparsehooks.kernels)
+    assert type(sparsehooks.kernels()) is Same
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (Lying, "unpack_bits() differs from the reference for 1 bytes"),
+        (Raising, "OSError: the library is gone"),
+        (Broken, "SystemExit: no"),
+        ("not_there:Kernels", "PluginError: kernels 'wrong' of plugin 'Plugin'"),
+        (int, "PluginError: kernels 'wrong' of plugin 'Plugin'"),
+    ],
+)
+def test_a_plugin_that_is_wrong_is_named_once_and_left_out(offered, wrong, reason):
+    offered(wrong=wrong)
+    (message,) = warned(sparsehooks.kernels)
+    assert message.startswith("the kernels of plugin 'Plugin'")
+    assert f" are not used: {reason}" in message
+    assert type(sparsehooks.kernels()) is Numpy
+    offered(wrong=wrong, yes=Same)
+    assert len(warned(sparsehooks.kernels)) == 1
+    assert type(sparsehooks.kernels()) is Same
+
+
+def test_the_reference_is_there_when_its_plugin_is_off(monkeypatch):
+    catalog = PluginManager(["no:kernels"], autoload=False).catalog
+    monkeypatch.setattr(computing, "installed_catalog", lambda: catalog)
+    computing.kernels.cache_clear()
+    assert type(sparsehooks.kernels()) is Numpy
+    computing.kernels.cache_clear()
+
+
+def test_codecs_compute_with_the_kernels_of_a_plugin(offered):
+    offered(same=Same)
+    sparsehooks.kernels()
+    before, codecs = Same.count, load_codecs(PluginManager(autoload=False).catalog)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).relu()
+    blob = encode(weight, codecs)
+    assert torch.equal(decode(blob, codecs, name="w"), weight)
+    assert Same.count > before
+
+
+def test_masks_ask_kernels_for_what_they_take_only(offered, monkeypatch):
+    seen = []
+
+    class Seeing(Numpy):
+        def between(self, scores, low, high):
+            seen.append((scores.dtype, scores.is_contiguous(), scores.device.type))
+            return super().between(scores, low, high)
+
+    offered(seeing=Seeing)
+    sparsehooks.kernels()
+    seen.clear()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        masks.select({"w": torch.arange(8).to(dtype)[::2]}, {"w": 2})
+    assert seen == [(dtype, True, "cpu") for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+    assert masks.select({"w": torch.arange(4)}, {"w": 2})["w"].tolist() == [False, False, True, True]
+    assert len(seen) == 4
