@@ -695,6 +695,25 @@ class Kernels(ComponentBase):
         """
 
     @abstractmethod
+    def split_exponents(
+        self, values: np.ndarray, shift: int, frequent: np.ndarray, size: int
+    ) -> tuple[bytes, np.ndarray, bytes]:
+        """Floating-point numbers as digits for their exponents, and the rest of their upper 16 bits.
+
+        These bits are rotated left by one, so that the sign comes last; the exponent is what lies above ``shift``.
+
+        Args:
+            values: the bits of the numbers, uint16 or uint32.
+            shift: 8 to 15.
+            frequent: the exponents that have a digit: its place among them; uint8, at most 16, which differ.
+            size: digits that make a byte, the first the lowest, to the base of as many as there are; 2 to 5.
+
+        Returns:
+            the digits, the positions of the numbers whose exponent has none (their digit is 0), and the lowest byte of
+            what was rotated.
+        """
+
+    @abstractmethod
     def checksum(self, data: bytes | memoryview, start: int = 0) -> int:
         """The CRC-32 of contiguous bytes, as zlib has it; ``start`` is that of the bytes before them."""
 

@@ -98,6 +98,11 @@ def calls(sizes: Sequence[int]) -> Iterator[Call]:
 def _of_bits(random: np.random.Generator, size: int) -> Iterator[Call]:
     for bits in (np.zeros(size, np.uint8), np.full(size, 255, np.uint8), random.integers(0, 256, size, np.uint8)):
         yield "unpack_bits", (memoryview(bytes(bits)),)
+    for values in (random.integers(0, 1 << 8 * width, size + 1).astype(f"u{width}")[1:] for width in (2, 4)):
+        narrow = values >> 8 * values.itemsize - 4 << 8 * values.itemsize - 4  # of few exponents
+        for base, digits in ((3, 5), (4, 4), (6, 3), (16, 2)):
+            yield "split_exponents", (values, 8, random.permutation(256).astype(np.uint8)[:base], digits)
+            yield "split_exponents", (narrow, 11, 2 * random.permutation(16).astype(np.uint8)[:base], digits)
     data = random.bytes(8 * size + 1)
     yield from (("checksum", (memoryview(data)[first:], start)) for first in (0, 1) for start in (0, 1, 0xFFFFFFFF))
     for width in range(17):

@@ -49,29 +49,21 @@ class Exponent(Codec):
 
     def encode(self, data: np.ndarray, layout: Layout) -> bytes:
         """Digits to the base that takes the fewest bytes."""
-        rotated = _upper(data)
-        exponents = (rotated >> _shift(layout.dtype)).astype(np.uint8)
-        counts = np.bincount(exponents[:: 1 + exponents.size // _SAMPLE], minlength=256)
+        shift = _shift(layout.dtype)
+        counts = np.bincount(_upper(data[:: 1 + data.size // _SAMPLE].copy()) >> shift, minlength=256)
         base = _best_base(counts)
-        digits, frequent = np.full(exponents.size, base, np.uint8), np.argsort(-counts, kind="stable")[:base]
-        for digit, exponent in enumerate(frequent):
-            digits -= (exponents == exponent).view(np.uint8) * np.uint8(base - digit)
-        exceptions = np.flatnonzero(digits == base)
-        digits[exceptions] = 0
-        padded = np.zeros((-(-digits.size // _DIGITS[base]), _DIGITS[base]), np.float32)
-        padded.reshape(-1)[: digits.size] = digits
-        with np.errstate(invalid="ignore"):  # some BLAS flag what their kernels read beyond the end
-            codes = padded @ (base ** np.arange(_DIGITS[base])).astype(np.float32)  # exact: less than 256
+        frequent = np.argsort(-counts, kind="stable")[:base].astype(np.uint8)
+        codes, exceptions, rest = kernels().split_exponents(data, shift, frequent, _DIGITS[base])
         places = _GAPS.encode(exceptions, _places(layout, exceptions.size)) if exceptions.size else b""
         return b"".join([
             _HEAD.pack(base, 0, 0, exceptions.size, len(places)),
             _lower(data),
-            frequent.astype(np.uint8).tobytes(),
-            codes.astype(np.uint8).tobytes(),
+            frequent.tobytes(),
+            codes,
             places,
-            exponents[exceptions].tobytes(),
-            rotated.astype(np.uint8).tobytes(),
-            kernels().pack_planes((rotated >> 8 & 7).astype(np.uint8), 3) if layout.dtype == "F16" else b"",
+            (_upper(data[exceptions]) >> shift).astype(np.uint8).tobytes(),
+            rest,
+            kernels().pack_planes((_upper(data) >> 8 & 7).astype(np.uint8), 3) if layout.dtype == "F16" else b"",
         ])  # fmt: skip
 
     def decode(self, part: memoryview, layout: Layout) -> np.ndarray:

@@ -69,6 +69,24 @@ class Numpy(Kernels):
         positions -= np.arange(gaps.size) * ((1 << low) - 1)
         return positions
 
+    def split_exponents(
+        self, values: np.ndarray, shift: int, frequent: np.ndarray, size: int
+    ) -> tuple[bytes, np.ndarray, bytes]:
+        """Digit by digit; bytes by a matrix product."""
+        halves = values.view(np.uint16)[1::2] if values.itemsize == 4 else values
+        rotated, base = halves << 1 | halves >> 15, frequent.size
+        exponents = (rotated >> shift).astype(np.uint8)
+        digits = np.full(exponents.size, base, np.uint8)
+        for digit, exponent in enumerate(frequent):
+            digits -= (exponents == exponent).view(np.uint8) * np.uint8(base - digit)
+        exceptions = np.flatnonzero(digits == base)
+        digits[exceptions] = 0
+        padded = np.zeros((-(-digits.size // size), size), np.float32)
+        padded.reshape(-1)[: digits.size] = digits
+        with np.errstate(invalid="ignore"):  # some BLAS flag what their kernels read beyond the end
+            codes = padded @ (base ** np.arange(size)).astype(np.float32)  # exact: less than 256
+        return codes.astype(np.uint8).tobytes(), exceptions, rotated.astype(np.uint8).tobytes()
+
     def checksum(self, data: bytes | memoryview, start: int = 0) -> int:
         """By zlib."""
         return zlib.crc32(data, start)

@@ -30,6 +30,7 @@ ROUTINES = {
     "unpack_planes": "pinnp -",
     "split_gaps": "pnipp -",
     "join_gaps": "pnnpip -",
+    "split_exponents": "pnnipiippp n",
     "checksum": "pnn n",
     "between": "pnnppp n",
     "largest": "pnnpnp -",

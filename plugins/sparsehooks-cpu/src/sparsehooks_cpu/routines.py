@@ -71,6 +71,16 @@ class Cpu(Kernels):
         _call("join_gaps", gaps, gaps.itemsize, gaps.size, ones, low, positions)
         return positions
 
+    def split_exponents(
+        self, values: np.ndarray, shift: int, frequent: np.ndarray, size: int
+    ) -> tuple[bytes, np.ndarray, bytes]:
+        """In pieces, digit by digit."""
+        sizes = (-(-values.size // size), -(-values.size // 8), values.size)
+        codes, bits, rest = (np.empty(length, np.uint8) for length in sizes)
+        given = (values, values.itemsize, values.size, shift, frequent, frequent.size, size)
+        exceptions = _call("split_exponents", *given, codes, bits, rest)
+        return codes.tobytes(), _positions(bits, exceptions), rest.tobytes()
+
     def checksum(self, data: bytes | memoryview, start: int = 0) -> int:
         """By products without carries, where the CPU has them."""
         given = np.frombuffer(data, np.uint8)
