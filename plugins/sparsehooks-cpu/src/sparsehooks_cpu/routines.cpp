@@ -4,8 +4,8 @@
 // of them computes is said by the contract in sparsehooks (components.py), whose reference gives the same bits. Lengths
 // are checked by the caller (routines.py); positions that index memory are checked here. What is read needs no alignment.
 //
-// Positions of bits come from a table: eight for each byte, of which as many count as it has ones, so that a loop over
-// bytes has no branches.
+// Positions of bits come from a table: eight for each byte, of which as many count as it has ones, so that the loop has
+// no branches.
 
 #include <cstdint>
 #include <cstring>
@@ -57,7 +57,7 @@ inline auto sized(int64_t itemsize, F run) {
 
 struct Tables {
   uint16_t places[256][8];  // of the ones in a byte
-  uint8_t ones[256];       // how many it has
+  uint8_t ones[256];        // how many it has
 };
 
 constexpr Tables make_tables() {
@@ -155,7 +155,7 @@ void unpack_planes(const uint8_t* planes, int64_t count, int shift, int width, T
 // ---------------------------------------------------------------------------------------------------------- gaps
 
 template <class T>
-void join_gaps(const T* gaps, int64_t count, const int64_t* ends, int low, int64_t* positions) {
+void join_gaps(const T* gaps, int64_t count, const int64_t* ones, int low, int64_t* positions) {
   int64_t sum = 0, i = 0;
   for (; i + 4 <= count; i += 4) {  // one addition waits for the one before, not four
     const int64_t one = load(gaps, i), two = one + load(gaps, i + 1), third = load(gaps, i + 2);
@@ -166,19 +166,19 @@ void join_gaps(const T* gaps, int64_t count, const int64_t* ends, int low, int64
     positions[i + 3] = i + 3 + sum;
   }
   for (; i < count; ++i) positions[i] = i + (sum += load(gaps, i));
-  if (ends != nullptr)
-    for (i = 0; i < count; ++i) positions[i] += (load(ends, i) - i) << low;
+  if (ones != nullptr)
+    for (i = 0; i < count; ++i) positions[i] += (load(ones, i) - i) << low;
 }
 
 template <class T>
-void split_gaps(const int64_t* positions, int64_t count, int low, T* lowest, int64_t* ends) {
-  // the low bits first, of all: what is left of positions without them is a multiple of the ones
+void split_gaps(const int64_t* positions, int64_t count, int low, T* lowest, int64_t* ones) {
+  // a one lies behind the ones before it and the high parts, which are what is left of a position without all low bits
   int64_t sum = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t gap = load(positions, i) - (i ? load(positions, i - 1) : -1) - 1;
     lowest[i] = T(gap & ((int64_t(1) << low) - 1));
   }
-  for (int64_t i = 0; i < count; ++i) ends[i] = ((load(positions, i) - i - (sum += lowest[i])) >> low) + i;
+  for (int64_t i = 0; i < count; ++i) ones[i] = ((load(positions, i) - i - (sum += lowest[i])) >> low) + i;
 }
 
 // ------------------------------------------------------------------------------------------------------ exponents
@@ -406,16 +406,16 @@ void sparsehooks_unpack_planes(const uint8_t* planes, int width, int64_t count, 
   });
 }
 
-// ends may be null.
-void sparsehooks_join_gaps(const void* gaps, int64_t itemsize, int64_t count, const int64_t* ends, int low,
+// ones may be null.
+void sparsehooks_join_gaps(const void* gaps, int64_t itemsize, int64_t count, const int64_t* ones, int low,
                            int64_t* positions) {
-  sized(itemsize, [=](auto one) { join_gaps((const decltype(one)*)gaps, count, ends, low, positions); });
+  sized(itemsize, [=](auto one) { join_gaps((const decltype(one)*)gaps, count, ones, low, positions); });
 }
 
 // lowest: of 1 byte, or of 2 where there are more than 8 low bits.
-void sparsehooks_split_gaps(const int64_t* positions, int64_t count, int low, void* lowest, int64_t* ends) {
-  if (low <= 8) return split_gaps(positions, count, low, (uint8_t*)lowest, ends);
-  split_gaps(positions, count, low, (uint16_t*)lowest, ends);
+void sparsehooks_split_gaps(const int64_t* positions, int64_t count, int low, void* lowest, int64_t* ones) {
+  if (low <= 8) return split_gaps(positions, count, low, (uint8_t*)lowest, ones);
+  split_gaps(positions, count, low, (uint16_t*)lowest, ones);
 }
 
 // values: of 2 or 4 bytes; codes: a byte for `size` values; bits: of those without a digit. How many these are.
