@@ -133,7 +133,7 @@ def _of_positions(random: np.random.Generator, positions: np.ndarray, size: int)
 def _of_scores(random: np.random.Generator, size: int, dtype: torch.dtype) -> Iterator[Call]:
     normal = torch.from_numpy(random.standard_normal(size + 1)).to(dtype)[1:]
     some = torch.from_numpy(random.random(size))
-    special = torch.tensor([-0.0, 0.0, torch.nan, torch.inf, -torch.inf], dtype=dtype).repeat(size)[:size]
+    special = torch.tensor([-0.0, 0.0, torch.nan, torch.inf, -torch.inf], dtype=dtype, device="cpu").repeat(size)[:size]
     odd = torch.where(some < 0.2, special, normal)
     for scores in (normal, (2 * normal).round(), odd, torch.zeros_like(normal)):
         middle = scores[~scores.isnan()].sort().values[size // 3 : size // 3 + 1].tolist()

@@ -120,7 +120,8 @@ def _cut(tensors: Sequence[Tensor], k: int) -> _Cut:
     low, high = float("-inf"), float("inf")
     if total > 4 * SAMPLE:
         stride = total // SAMPLE
-        sample = torch.cat([tensor[::stride] for tensor in tensors]).float().cpu().numpy()
+        sample = torch.cat([tensor[::stride] for tensor in tensors]).detach().float().cpu().numpy()
+        sample = sample[~np.isnan(sample)]
         middle = k / total * sample.size
         spread = 4 * (sample.size * (k / total) * (1 - k / total)) ** 0.5 + 2
         high = _descending(sample, int(middle - spread)) if middle >= spread else high

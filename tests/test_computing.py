@@ -122,6 +122,14 @@ def test_codecs_compute_with_the_kernels_of_a_plugin(offered):
     assert Same.count > before
 
 
+def test_kernels_are_chosen_where_another_device_is_the_default(offered):
+    """As transformers opens a model."""
+    offered(same=Same)
+    with torch.device("meta"):
+        assert not warned(sparsehooks.kernels)
+    assert type(sparsehooks.kernels()) is Same
+
+
 def test_masks_ask_kernels_for_what_they_take_only(offered, monkeypatch):
     seen = []
 

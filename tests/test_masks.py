@@ -101,6 +101,11 @@ def test_select_takes_strided_scores():
     check_select(score, range(score.numel() + 1))
 
 
+def test_scores_may_carry_a_gradient():
+    score = large("random", SAMPLE).requires_grad_()
+    assert int(select({"w": score}, {"w": 1000})["w"].sum()) == 1000
+
+
 def test_an_impossible_count_is_refused():
     for count in (-1, 5):
         with pytest.raises(SessionError, match=f"w: the allocation asks for {count} of 4 units"):

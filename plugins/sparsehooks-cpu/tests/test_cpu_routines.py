@@ -60,8 +60,8 @@ def test_they_give_the_bits_of_the_reference(variant):
     check_component(CATALOG, "kernels", "cpu")
 
 
-@pytest.mark.parametrize("name", [name for name, codec in CODECS.items()])
-def test_codecs_keep_their_contract_with_them(variant, installed, name):
+@pytest.mark.parametrize("name", CODECS)
+def test_codecs_keep_their_contract_with_them(installed, name):
     assert isinstance(sparsehooks.kernels(), Cpu)
     check_component(CATALOG, "codec", name)
 
@@ -88,6 +88,13 @@ def test_masks_are_the_same_with_them_and_without(variant, installed, dtype):
             with without():
                 assert masks.top_counts(scores, keep) == counts
                 assert all(torch.equal(mask, chosen[name]) for name, mask in masks.select(scores, counts).items())
+
+
+def test_another_device_may_be_the_default(variant):
+    scores = torch.tensor([3.0, 1.0, 2.0])
+    with torch.device("meta"):
+        assert Cpu().largest(scores, 1.0, 0).tolist() == [True, False, True]
+        assert Cpu().between(scores, 1.0, 2.0)[0] == 1
 
 
 def test_what_is_not_an_array_in_one_piece_is_refused(variant):

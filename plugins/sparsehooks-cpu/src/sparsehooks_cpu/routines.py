@@ -90,14 +90,14 @@ class Cpu(Kernels):
     def between(self, scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
         """In one pass."""
         inside, above = torch.empty_like(scores), np.empty(1, np.int64)
-        bounds = torch.tensor([low, high, torch.inf], dtype=scores.dtype)
+        bounds = torch.tensor([low, high, torch.inf], dtype=scores.dtype, device="cpu")
         found = _call("between", scores, scores.itemsize, scores.numel(), bounds, inside, above)
         return int(above[0]), inside[:found].clone()
 
     def largest(self, scores: Tensor, cut: float, ties: int) -> Tensor:
         """In one pass."""
-        mask = torch.empty(scores.shape, dtype=torch.bool)
-        bounds = torch.tensor([cut, torch.inf], dtype=scores.dtype)
+        mask = torch.empty_like(scores, dtype=torch.bool)
+        bounds = torch.tensor([cut, torch.inf], dtype=scores.dtype, device="cpu")
         _call("largest", scores, scores.itemsize, scores.numel(), bounds, ties, mask)
         return mask
 
