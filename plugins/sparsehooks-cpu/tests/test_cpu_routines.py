@@ -97,12 +97,19 @@ def test_another_device_may_be_the_default(variant):
         assert Cpu().between(scores, 1.0, 2.0)[0] == 1
 
 
-def test_what_is_not_an_array_in_one_piece_is_refused(variant):
+def test_what_would_be_read_wrongly_is_refused(variant):
     for call in (
         lambda: Cpu().nonzero(np.zeros(8, np.uint8)[::2], 0),
         lambda: Cpu().join_gaps(np.frombuffer(bytes(8), np.uint8)[::2]),
     ):
         with pytest.raises((ValueError, TypeError), match="contiguous"):
+            call()
+    for call in (
+        lambda: Cpu().split_gaps(np.arange(3, dtype=np.int32), 1),
+        lambda: Cpu().split_exponents(np.zeros(8, np.uint8), 8, np.arange(3, dtype=np.uint8), 5),
+        lambda: Cpu().split_exponents(np.zeros(8, np.uint16), 8, np.arange(2, dtype=np.uint8), 7),
+    ):
+        with pytest.raises(ValueError, match="positions are intp|is not split"):
             call()
     for positions in ([4], [-1], [3, 5000]):
         with pytest.raises(IndexError, match="a position lies outside of 4 bits"):

@@ -196,8 +196,10 @@ int64_t split_exponents(const T* values, int64_t count, int shift, const uint8_t
       rest[start + i] = uint8_t(rotated);
     }
     std::memset(digits, base, sizeof(digits));
-    for (int digit = 0; digit < base; ++digit)
-      for (int64_t i = 0; i < some; ++i) digits[i] = exponents[i] == frequent[digit] ? uint8_t(digit) : digits[i];
+    for (int digit = 0; digit < base; ++digit) {
+      const uint8_t exponent = frequent[digit];
+      for (int64_t i = 0; i < some; ++i) digits[i] = exponents[i] == exponent ? uint8_t(digit) : digits[i];
+    }
     std::memset(flags, 0, sizeof(flags));
     for (int64_t i = 0; i < some; ++i) flags[i] = digits[i] == base;
     gather(flags, (some + 7) / 8, bits + start / 8);
@@ -205,7 +207,7 @@ int64_t split_exponents(const T* values, int64_t count, int shift, const uint8_t
     for (int64_t i = 0; i < some; i += size) {
       int code = 0;
       for (int place = size; place-- > 0;) code = code * base + digits[i + place];
-      codes[(start + i) / size] = uint8_t(code);
+      *codes++ = uint8_t(code);
     }
   }
   return count_ones(bits, (count + 7) / 8);

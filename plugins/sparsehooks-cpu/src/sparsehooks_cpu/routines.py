@@ -32,7 +32,7 @@ class Cpu(Kernels):
     def pack_bits(self, positions: np.ndarray, size: int) -> bytes:
         """Through a byte for each bit, in pieces."""
         bits = np.empty(-(-size // 8), np.uint8)
-        if not _call("pack_bits", positions, positions.size, size, bits):
+        if not _call("pack_bits", _intp(positions), positions.size, size, bits):
             raise IndexError(f"a position lies outside of {size} bits")
         return bits.tobytes()
 
@@ -60,7 +60,7 @@ class Cpu(Kernels):
         """In one pass."""
         lowest = np.empty(positions.size, np.uint8 if low <= 8 else np.uint16)
         ones = np.empty(positions.size, np.intp)
-        _call("split_gaps", positions, positions.size, low, lowest, ones)
+        _call("split_gaps", _intp(positions), positions.size, low, lowest, ones)
         return lowest, ones
 
     def join_gaps(self, gaps: np.ndarray, ones: np.ndarray | None = None, low: int = 0) -> np.ndarray:
@@ -68,13 +68,15 @@ class Cpu(Kernels):
         if ones is not None and ones.size != gaps.size:
             raise ValueError(f"there are {gaps.size} gaps for {ones.size} ones")
         positions = np.empty(gaps.size, np.intp)
-        _call("join_gaps", gaps, gaps.itemsize, gaps.size, ones, low, positions)
+        _call("join_gaps", gaps, gaps.itemsize, gaps.size, None if ones is None else _intp(ones), low, positions)
         return positions
 
     def split_exponents(
         self, values: np.ndarray, shift: int, frequent: np.ndarray, size: int
     ) -> tuple[bytes, np.ndarray, bytes]:
         """In pieces, digit by digit."""
+        if values.itemsize not in (2, 4) or not 2 <= size <= 5:
+            raise ValueError(f"{values.dtype} is not split into bytes of {size} digits")
         sizes = (-(-values.size // size), -(-values.size // 8), values.size)
         codes, bits, rest = (np.empty(length, np.uint8) for length in sizes)
         given = (values, values.itemsize, values.size, shift, frequent, frequent.size, size)
@@ -114,6 +116,12 @@ def _argument(value: np.ndarray | Tensor | int | None) -> Any:
         # the short way, a quarter of the other's time
         return _Start.from_buffer(value.data) if value.flags.writeable else value.ctypes.data
     return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _intp(positions: np.ndarray) -> np.ndarray:
+    if positions.dtype != np.intp:
+        raise ValueError(f"positions are intp, not {positions.dtype}")
+    return positions
 
 
 def _positions(bits: np.ndarray, ones: int) -> np.ndarray:
