@@ -109,7 +109,7 @@ def test_what_would_be_read_wrongly_is_refused(variant):
         lambda: Cpu().split_exponents(np.zeros(8, np.uint8), 8, np.arange(3, dtype=np.uint8), 5),
         lambda: Cpu().split_exponents(np.zeros(8, np.uint16), 8, np.arange(2, dtype=np.uint8), 7),
     ):
-        with pytest.raises(ValueError, match="positions are intp|is not split"):
+        with pytest.raises(ValueError, match=r"positions are intp|is not split"):
             call()
     for positions in ([4], [-1], [3, 5000]):
         with pytest.raises(IndexError, match="a position lies outside of 4 bits"):
