@@ -182,9 +182,8 @@ def measure(table, inputs, outputs, tokens, options, limits):
             packed = backend.pack(layer)
             name = f"{type(backend).__name__.lower()} {sparsity:.0%}"
             variants[name] = lambda run=backend.run, packed=packed, given=given: run(packed, given)
-            weights = sum(part.nbytes for part in packed if isinstance(part, torch.Tensor))
             operations = 2 * layer.weight.count_nonzero().item() * tokens
-            needed[name] = peer, operations, weights + (inputs + outputs) * tokens * given.element_size(), width
+            needed[name] = peer, operations, packed.nbytes + (inputs + outputs) * tokens * given.element_size(), width
     with torch.inference_mode():
         times = compare(variants, options.threads, options.rounds)
     registers, _, copy = limits

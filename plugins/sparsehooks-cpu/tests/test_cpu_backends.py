@@ -205,7 +205,7 @@ class TestLibrary:
         nn.init.zeros_(layer.weight)
         backend = Unstructured()
         packed = backend.pack(layer)
-        monkeypatch.setitem(module.library().kernels, "float32_float32", lambda *_: 0)
+        monkeypatch.setitem(module.library().kernels["float32"], torch.float32, lambda *_: 0)
         with pytest.raises(MemoryError, match="there is no memory for the inputs of 3 tokens"):
             backend.run(packed, torch.zeros(3, 8))
 
