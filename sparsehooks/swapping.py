@@ -139,7 +139,7 @@ def effective_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Effective{cls.__name__}", (EffectiveWeight, cls), {})
 
 
-def inner(cls: type[nn.Module]) -> type[nn.Module]:
+def inner(cls: type[Any]) -> type[Any]:
     """The class that a swap made another of: the last base, behind the mixin."""
     return cls.__bases__[-1]
 
