@@ -17,7 +17,8 @@ from sparsehooks.loops.steps import OptimizerSteps
 from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
-from sparsehooks.session import KEY, Session
+from sparsehooks.resuming import step_in
+from sparsehooks.session import Session
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,7 +71,7 @@ def attach(
     whole, model = model, unwrapped(model)
     session = Session.of(Recipe.of(recipe, manager), manager, model, total_steps)
     opened = disarm_all(model)
-    step = inner.param_groups[0].get(KEY, {}).get("step", 0)
+    step = step_in(inner)
     handles: list[Any] = []
     try:
         with session.aborting():

@@ -19,7 +19,8 @@ from sparsehooks.loops.forward import Handle, LossTerms, add_loss_terms
 from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
-from sparsehooks.session import Session, state_in
+from sparsehooks.resuming import state_in
+from sparsehooks.session import Session
 from sparsehooks.sharding import is_sharded
 
 
