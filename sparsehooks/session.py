@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsehooks import swapping
+from sparsehooks import slots, swapping
 from sparsehooks.activations import Activations
 from sparsehooks.batches import Batches
 from sparsehooks.components import Activation, ComponentBase, Distiller, Schedule, step_of
@@ -38,7 +38,7 @@ from sparsehooks.recipe import (
 )
 from sparsehooks.resuming import Carrier, Origin, Parts
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
-from sparsehooks.sharding import is_sharded, local, misfit, part, reshard, unsupported
+from sparsehooks.sharding import is_sharded, misfit, reshard, unsupported
 from sparsehooks.sites import recorded
 from sparsehooks.targets import Target, plain_name
 from sparsehooks.views import SessionView
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from sparsehooks.problems import Quantize
 
 DIVERGED = "the training has diverged, lower the learning rate"
-
-BEGINNINGS = {"step_size": "lr", "sum": "initial_accumulator_value"}
-"""The slots of torch's optimizers (Rprop, Adagrad) that do not begin at zero, and the option that they begin with."""
 
 
 class Session:
@@ -89,7 +86,7 @@ class Session:
         self._quantizing: dict[int, QuantizeRun] = {}
         self._shrunk: dict[str, Any] = {}
         self._activations = Activations((), nn.Module())
-        self._left = ExitStack()
+        self._at_end = ExitStack()
 
     @classmethod
     def of(cls, recipe: Recipe, manager: PluginManager, model: nn.Module, total_steps: int) -> Session:
@@ -152,7 +149,7 @@ class Session:
         }
         # before layers are swapped: a copy of a swapped layer would compute with the masks of the student
         self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
-        self._left.callback(self._distillation.outputs.close)
+        self._at_end.callback(self._distillation.outputs.close)
         run = Run(
             model,
             optimizer,
@@ -361,7 +358,7 @@ class Session:
     def _end(self, error: BaseException | None) -> None:
         self._activations.abort()
         self._unswap()
-        self._left.close()
+        self._at_end.close()
         if self.running:
             self.running = False
             self._carrier.detach()
@@ -369,9 +366,9 @@ class Session:
 
     def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Write what the teachers answered with each checkpoint, for runs that go on from it, and at the end."""
-        self._left.callback(self._distillation.flush)
+        self._at_end.callback(self._distillation.flush)
         if optimizer is not None:
-            self._left.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
+            self._at_end.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
 
     @contextmanager
     def aborting(self) -> Iterator[Session]:
@@ -506,7 +503,7 @@ class Session:
 
     def _tell(self, index: int, step: int, changes: Changes) -> None:
         if any(change.pruned or change.grown for change in changes.values()):
-            stage = next(stage for stage in self.plan.stages if stage.index == index)
+            stage = self.plan.stages[index]
             if index not in self._statuses:  # a gradient decides before the step is finished
                 self._change(stage, "started")
             self.manager.masks_updated(self.view, stage.label, step, MappingProxyType(dict(changes)))
@@ -514,12 +511,7 @@ class Session:
     def _reset_slots(self, name: str, grown: Tensor) -> None:
         """A weight that grows begins with an optimizer that has not seen it."""
         if self._optimizer is not None:
-            weight = self._weights[name]
-            group = next((g for g in self._optimizer.param_groups if any(w is weight for w in g["params"])), {})
-            for key, slot in self._optimizer.state.get(weight, {}).items():
-                if isinstance(slot, Tensor) and slot.shape == grown.shape:
-                    beginning = group[BEGINNINGS[key]] if key in BEGINNINGS else 0
-                    local(slot).masked_fill_(part(grown, slot), beginning)
+            slots.reset(self._optimizer, self._weights[name], grown)
 
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status

@@ -14,7 +14,14 @@ from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import add_loss_terms
 from sparsehooks.loops.steps import OptimizerSteps
-from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
+from sparsehooks.loops.wrappers import (
+    arm_all,
+    disarm_all,
+    refuse_deepspeed,
+    reset_compiled,
+    unwrapped,
+    unwrapped_optimizer,
+)
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
 from sparsehooks.resuming import step_in
@@ -63,7 +70,7 @@ def attach(
     """
     manager = as_manager(plugins)
     refuse_deepspeed(model, getattr(accelerator, "distributed_type", None))
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped_optimizer(optimizer)
     if isinstance(inner, torch.optim.LBFGS):
         raise SessionError(
             "LBFGS tries several weights within one step, where masks do not reach them; use another optimizer"
