@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 
 from sparsehooks.components import Backend
 from sparsehooks.errors import SessionError
-from sparsehooks.sites import Sparse, SparseInput, inner
+from sparsehooks.sites import Sparse, SparseInput
+from sparsehooks.swapping import inner
 
 
 class Lane(NamedTuple):
@@ -197,7 +198,7 @@ def _nothing(*_: Any) -> None:
 
 def original(layer: nn.Module) -> type[nn.Module]:
     """The class of an accelerated layer before it was swapped."""
-    return type(layer).__mro__[2]
+    return inner(type(layer))
 
 
 def bare(layer: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
+from sparsehooks.padding import is_encoder_decoder
 from sparsehooks.plan import Plan, PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
@@ -271,4 +272,4 @@ def _shifts_labels(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
-    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return causal and not is_encoder_decoder(model)

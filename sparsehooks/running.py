@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsehooks import swapping
+from sparsehooks import slots, swapping
 from sparsehooks.components import Need, Pattern, Regularizer, Schedule
 from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
@@ -271,13 +271,10 @@ class PruneRun:
 
     def _momentum(self, weight: nn.Parameter) -> Tensor:
         assert self._run.optimizer is not None
-        slots = self._run.optimizer.state.get(weight, {})
-        for key in ("exp_avg", "momentum_buffer"):
-            if slots.get(key) is not None:
-                return cast(Tensor, slots[key])
-        if not slots and weight.grad is not None:
-            return weight.grad  # before the first step they are the same
-        raise SessionError(f"{self._stage.label}: the optimizer keeps no momentum; use Adam, or SGD with momentum")
+        found = slots.momentum(self._run.optimizer, weight)
+        if found is None:
+            raise SessionError(f"{self._stage.label}: the optimizer keeps no momentum; use Adam, or SGD with momentum")
+        return found
 
     def _learned(self, target: Target) -> dict[str, Tensor]:
         return self._run.learned.of(self._owner(target))
@@ -337,15 +334,5 @@ class RegularizeRun:
     def _step_size(self, target: Target, strength: float) -> Tensor | float:
         """By how much a weight moves for a unit of gradient, times the strength; a matrix under Adam."""
         assert self._run.optimizer is not None
-        weight = self._run.weight(target)
-        groups = self._run.optimizer.param_groups
-        group = next((group for group in groups if any(other is weight for other in group["params"])), None)
-        if group is None:
-            return 0.0  # it does not train
-        rate = float(group["lr"]) * strength
-        slots = self._run.optimizer.state.get(weight, {})
-        if slots.get("exp_avg_sq") is None:
-            return rate
-        correction = 1 - group["betas"][1] ** float(slots["step"])
-        sizes: Tensor = rate / ((target.matrix(whole(slots["exp_avg_sq"])) / correction).sqrt() + group["eps"])
-        return sizes
+        sizes = slots.step_size(self._run.optimizer, self._run.weight(target), strength)
+        return target.matrix(sizes) if isinstance(sizes, Tensor) else sizes

@@ -129,7 +129,7 @@ def unswap(model: nn.Module, target: Target) -> None:
     for name in target.modules:
         module: Any = model.get_submodule(name)
         if isinstance(module, EffectiveWeight):
-            module.__class__ = type(module).__mro__[2]
+            module.__class__ = inner(type(module))
             del module._sparsehooks_transforms, module._sparsehooks_target
 
 
@@ -137,6 +137,11 @@ def unswap(model: nn.Module, target: Target) -> None:
 def effective_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a layer's class that computes with effective weights."""
     return type(f"Effective{cls.__name__}", (EffectiveWeight, cls), {})
+
+
+def inner(cls: type[Any]) -> type[Any]:
+    """The class that a swap made another of: the last base, behind the mixin."""
+    return cls.__bases__[-1]
 
 
 def _base(cls: type[nn.Module]) -> type[nn.Module] | None:
