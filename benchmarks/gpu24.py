@@ -65,7 +65,7 @@ def measure(layer, rows, wide, narrow):
         default = wide._replace(algorithm=0)
         errors["2:4"], speed = compare(SemiStructured(), default, layer, rows)
         found["2:4"] = f"{speed:.2f}"
-        best = tuned(default, rows)
+        best = tuned(default, *rows.shape)
         if best.algorithm != default.algorithm:
             error, speed = compare(SemiStructured(), best, layer, rows)
             errors["2:4"], found["best"] = max(errors["2:4"], error), f"{speed:.2f}"

@@ -91,6 +91,7 @@ class Emulated:
         monkeypatch.setattr(torch, "_sparse_semi_structured_mm", self._mm)
         monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", self._addmm)
         monkeypatch.setattr(semi_structured, "_unable", lambda _, real=semi_structured._unable: real(GPU))
+        monkeypatch.setattr(semi_structured, "_ALGORITHMS", {})
         semi_structured._failure.cache_clear()
         self.device = torch.device("cpu")
 
@@ -99,10 +100,12 @@ class Emulated:
         assert not weight.shape[0] % multiple
         assert not weight.shape[1] % multiple
         assert not torch.signbit(weight[weight == 0]).any(), "-0.0 was seen to give garbage"
+        assert weight.is_contiguous()
         return weight
 
     def _cslt_sparse_mm(self, packed, columns, bias=None, out_dtype=None, transpose_result=False, alg_id=0):
         assert not columns.shape[1] % (16 if packed.dtype == torch.int8 else 8)
+        assert columns.t().is_contiguous()
         self.algorithms.append(alg_id)
         found = self._dense(packed, columns, bias, out_dtype)
         return found.t().contiguous() if transpose_result else found

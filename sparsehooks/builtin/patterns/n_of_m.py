@@ -67,7 +67,7 @@ class NOfM(Pattern):
         return 1 - self.config.n / self.config.m
 
     def units(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What a unit loses: the sum of the scores that do not stay; shape (rows, columns / M), or that of the tiles."""
+        """What a unit loses: the sum of what goes; shape (rows, columns / M), of tiles (rows / M, columns / M)."""
         units = {}
         for name, score in scores.items():
             parts = self._parts(score)
