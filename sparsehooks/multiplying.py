@@ -76,12 +76,11 @@ class Products:
         with attributed(self._record):
             support = self._backend.supports(_layer(full, bias), weight.device)
             backward = support.ok and self._backend.supports(_layer(full.t(), None), weight.device).ok
-        if not support.ok and support.reason not in self._told:
-            self._told.add(support.reason)
-            warnings.warn(
-                f"{self._label}: '{target.modules[0]}', and others likewise, multiply densely: {support.reason}",
-                stacklevel=2,
-            )
+        layer, reason = target.modules[0], support.reason
+        if not support.ok and not self._told & {layer, reason}:
+            self._told |= {layer, reason}
+            message = f"{self._label}: '{layer}', and others likewise, multiply densely: {reason}"
+            warnings.warn(message, stacklevel=2)
         return support.ok, backward
 
     def _run(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

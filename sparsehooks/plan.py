@@ -271,10 +271,8 @@ def _without_gradients(planned: PlannedStage) -> list[str]:
     bound = planned.components.get("backend")
     if bound is None or cast(type[Backend], bound.cls).trains:
         return []
-    return [
-        f"{planned.path}.backend: '{bound.record.component.name}' gives no gradients; leave 'backend' out, and call "
-        "accelerate_model on the finished model"
-    ]
+    advice = "leave 'backend' out, and call accelerate_model on the finished model"
+    return [f"{planned.path}.backend: '{bound.record.component.name}' gives no gradients; {advice}"]
 
 
 def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage:

@@ -211,7 +211,7 @@ _ALGORITHMS: dict[tuple[Any, ...], int] = {}
 
 
 def tuned(packed: Packed, tokens: int, inputs: int) -> Packed:
-    """With cuSPARSELt's fastest algorithm for so many tokens of so many inputs, if it can tell; it looks once a shape."""
+    """With cuSPARSELt's fastest algorithm for so many tokens of so many inputs, if it can tell; searched once."""
     if packed.positions is not None:
         return packed
     values = packed.values
