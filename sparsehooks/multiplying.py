@@ -125,7 +125,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """What a backend is asked about: a layer with these parameters."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer = nn.Linear.__new__(nn.Linear)  # in each forward: without parameters to initialize
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
     return layer
