@@ -147,6 +147,33 @@ def test_weights_that_are_zero_by_chance_are_not_taken_for_masked():
     assert Twin.packed == ()
 
 
+def product(model, mask, backend):
+    """What takes the place of the product of the model's only layer."""
+    given = Recipe.from_dict(recipe(backend=backend, pattern="2:4"))
+    stage = Plan.build(given, PluginManager([TwinPlugin()])).stages[0]
+    return Products(stage, stage.components["backend"].create()).of(find(model, ["Linear"], [])[0][0], mask)
+
+
+def test_each_new_mask_is_shown_to_the_backend():
+    model = nn.Sequential(nn.Linear(16, 8))
+    first = torch.arange(16).expand(8, 16) % 4 < 2
+    masks = [first, first, torch.ones(8, 16, dtype=torch.bool), first]
+    given = iter(masks)
+    multiply = product(model, lambda: next(given), "twin")
+    inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+    def packed(mask):
+        weight = model[0].weight.masked_fill(~mask, 0)
+        Twin.packed = ()
+        found = multiply(inputs, weight, model[0].bias)
+        assert torch.equal(found, functional.linear(inputs, weight, model[0].bias))
+        return len(Twin.packed)
+
+    with pytest.warns(UserWarning, match="row 0 has 4 nonzeros in the columns 0 to 3"):
+        found = [packed(mask) for mask in masks]
+    assert found == [1, 1, 0, 1]
+
+
 def test_the_layers_of_gpt2_lie_the_other_way_round():
     def model():
         torch.manual_seed(0)
@@ -271,11 +298,8 @@ def test_torchs_own_operations_take_the_shapes_of_both_passes(monkeypatch, cuspa
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(90, 100, dtype=torch.bfloat16))
         mask = torch.ones(100, 90, dtype=torch.bool)
-        planned = Plan.build(Recipe.from_dict(recipe(backend="semi_structured", pattern="2:4")), PluginManager([]))
-        stage, target = planned.stages[0], find(model, ["Linear"], [])[0][0]
-        product = Products(stage, stage.components["backend"].create()).of(target, lambda: mask)
         inputs = torch.empty(2, tokens, 90, dtype=torch.bfloat16, requires_grad=True)
-        found = product(inputs, model[0].weight, model[0].bias)
+        found = product(model, lambda: mask, "semi_structured")(inputs, model[0].weight, model[0].bias)
         assert (found.shape, found.dtype) == ((2, tokens, 100), torch.bfloat16)
         found.sum().backward()
         assert inputs.grad.shape == inputs.shape

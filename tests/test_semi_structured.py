@@ -162,6 +162,20 @@ def test_every_shape_is_padded_and_cut(monkeypatch, library, shape, dtype):
     assert emulated.searched == (2 if library is CUSPARSELT else 0)
 
 
+@torch.no_grad()
+def test_rows_that_do_not_follow_one_another_are_copied(monkeypatch):
+    """``_cslt_sparse_mm`` reads rows or columns that do, and asks for no strides."""
+    Emulated(monkeypatch)
+    layer, backend = layer_of(matrix(32, 64, torch.bfloat16) / 16), SemiStructured()
+    packed = backend.pack(layer)
+    wide = torch.randn(8, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for inputs in (wide[:, ::2], wide[:, 64:], wide[:1, :64].expand(8, 64), wide.t()[:64].t()):
+        torch.testing.assert_close(backend.run(packed, inputs), layer(inputs), atol=0.5, rtol=1e-2)
+    turned = layer_of(matrix(64, 32, torch.bfloat16).t().contiguous())
+    turned.weight.data = turned.weight.t().contiguous().t()
+    assert backend.pack(turned).values.is_contiguous()
+
+
 @pytest.mark.parametrize("library", [CUSPARSELT, CUTLASS])
 @torch.no_grad()
 def test_int8_is_exact_in_whole_numbers(monkeypatch, library):
