@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from sparsehooks.components import (
     Activation,
     Allocation,
+    Backend,
     ComponentBase,
     Criterion,
     Need,
@@ -163,6 +164,7 @@ KEYS = {
         "schedule": "schedule",
         "grow": "criterion",
         "solver": "solver",
+        "backend": "backend",
     },
     RegularizeStage: {"regularize": "regularizer", "pattern": "pattern", "schedule": "schedule"},
     ActivationStage: {"activation": "activation", "schedule": "schedule"},
@@ -216,7 +218,7 @@ def _bind(index: int, stage: Stage, manager: PluginManager, problems: list[str])
                 f"{planned.path}: the pattern '{stage.pattern.use}' fixes the sparsity at {fixed:g}, "
                 f"not {stage.sparsity:g}; leave 'sparsity' out"
             )
-    problems += _misused(planned)
+    problems += _misused(planned) + _without_gradients(planned)
     if isinstance(stage, PruneStage) and stage.grow is not None and not problems:
         criterion, schedule = cast(Criterion, components["prune"].cls), cast(Schedule, components["schedule"].cls)
         if _pattern(planned).share() < 1.0:
@@ -264,6 +266,15 @@ def _misused(planned: PlannedStage) -> list[str]:
     return problems
 
 
+def _without_gradients(planned: PlannedStage) -> list[str]:
+    """Whether a stage trains by a backend that cannot."""
+    bound = planned.components.get("backend")
+    if bound is None or cast(type[Backend], bound.cls).trains:
+        return []
+    advice = "leave 'backend' out, and call accelerate_model on the finished model"
+    return [f"{planned.path}.backend: '{bound.record.component.name}' gives no gradients; {advice}"]
+
+
 def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> PlannedStage:
     stage = planned.stage
     if isinstance(stage, DistillStage):
@@ -287,10 +298,16 @@ def _fit(planned: PlannedStage, model: nn.Module, problems: list[str]) -> Planne
         problems += _activation_problems(planned, model)
     if isinstance(stage, QuantizeStage) and "quantize" in components:
         problems += _misfits(planned, "quantize", stage.quantize)
-    if isinstance(stage, QuantizeStage) or ("prune" in components and _acts_forward(planned)):
-        from sparsehooks.swapping import unsupported
+    if (
+        isinstance(stage, QuantizeStage)
+        or "backend" in components
+        or ("prune" in components and _acts_forward(planned))
+    ):
+        from sparsehooks.swapping import no_product, unsupported
 
         problems += [f"{planned.path}: {problem}" for problem in unsupported(model, targets)]
+        if "backend" in components:
+            problems += [f"{planned.path}.backend: {problem}" for problem in no_product(model, targets)]
     return planned
 
 

@@ -141,7 +141,7 @@ class QuantizeRun:
 
     def _swap(self) -> None:
         for target in self._stage.targets:
-            self._run.swap(target, "quantize", self._transform(target))
+            self._run.swap(target, "quantize", self._transform(target), None)
 
     def _transform(self, target: Target) -> Any:
         def quantize(matrix: Tensor, _: bool) -> Tensor:

@@ -189,6 +189,7 @@ class PruneStage(Stage):
         schedule: when, and how much by then.
         grow: what grows back in place of other weights at each update; nothing if it is left out.
         solver: how the survivors are repaired, without training only.
+        backend: what multiplies while the layers train, once all that shall go is masked; torch if it is left out.
         overrides: for targets of their own sparsity: class names, globs or ``re:`` expressions as in ``targets``, the
             first that matches counts. They leave the budget that the others share.
     """
@@ -201,6 +202,7 @@ class PruneStage(Stage):
     schedule: Use = Use("oneshot")
     grow: Grow | None = None
     solver: Use | None = None
+    backend: Use | None = None
     overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.masks import MaskChange, check_finite
+from sparsehooks.multiplying import Products
 from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
 from sparsehooks.pruning import NEEDS_STEP, Masks, Pruner, no_evidence
@@ -40,7 +42,7 @@ class Run:
         optimizer: the user's; None without training.
         masks: of all stages.
         learned: of all components.
-        swap: lets a target's layers compute with another weight.
+        swap: lets a target's layers compute with another weight, and by another product.
         total_steps: of the run.
         folder: where a resumed run finds what it needs of its start.
         calibration: without training, for stages that decide by calibration batches.
@@ -51,7 +53,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None
     masks: Masks
     learned: Learned
-    swap: Callable[[Target, swapping.Step, swapping.Transform], None]
+    swap: Callable[[Target, swapping.Step, swapping.Transform, swapping.Product | None], None]
     total_steps: int
     folder: Path | None
     calibration: Calibration | None
@@ -86,13 +88,18 @@ class PruneRun:
         if new:
             self._check_growth()
         criterion = self._pruner.criterion
+        products = Products(stage, objects["backend"]) if "backend" in objects else None
         for target in stage.targets:
             with attributed(stage.components["prune"].record):
                 made = criterion.prepare(run.masks.view(self._pruner, "prune", target, 0, no_evidence))
             run.learned.add(self._owner(target), made, run.weight(target).device, criterion.learning_rate())
-            if criterion.acts == "forward" and run.optimizer is not None:
+            if run.optimizer is None:
+                continue
+            if criterion.acts == "forward":
                 run.masks.alive.add(target.parameter)
-                run.swap(target, "mask", self._masking(target))
+            if criterion.acts == "forward" or products is not None:
+                product = None if products is None else products.of(target, functools.partial(self._final, target))
+                run.swap(target, "mask", self._masking(target), product)
 
     def before_step(self, step: int, scale: float) -> Changes:
         """What has to be done while the gradients are there: penalties, collecting, deciding by them.
@@ -240,6 +247,10 @@ class PruneRun:
         """Whether a gradient scaler is about to skip this step."""
         gradients = [self._run.weight(target).grad for target in self._stage.targets]
         return not all(gradient is None or bool(torch.isfinite(whole(gradient)).all()) for gradient in gradients)
+
+    def _final(self, target: Target) -> Tensor | None:
+        """The mask of a target, once all that shall go is masked."""
+        return self._run.masks.masks.get(target.parameter) if self._share == 1.0 else None
 
     def _masking(self, target: Target) -> swapping.Transform:
         learned = self._learned(target)

@@ -522,8 +522,14 @@ class Session:
         found = (quantizing.on_grid(target, matrix) for quantizing in self._quantizing.values())
         return next((on_grid for on_grid in found if on_grid is not None), None)
 
-    def _swap(self, target: Target, step: swapping.Step, transform: swapping.Transform) -> None:
-        swapping.swap(self._model, target, step, transform)
+    def _swap(
+        self,
+        target: Target,
+        step: swapping.Step,
+        transform: swapping.Transform,
+        product: swapping.Product | None,
+    ) -> None:
+        swapping.swap(self._model, target, step, transform, product)
         self._swapped[target.parameter] = target
 
     def _unswap(self) -> None:

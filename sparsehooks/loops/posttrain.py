@@ -176,5 +176,9 @@ def at_once(recipe: Recipe) -> Recipe:
     for index, stage in enumerate(stages):
         if isinstance(stage, PruneStage) and stage.grow is not None:
             warnings.warn(f"recipe.stage[{index}].grow: nothing grows where everything goes at once", stacklevel=3)
-    stages = tuple(replace(stage, grow=None) if isinstance(stage, PruneStage) else stage for stage in stages)
+        if isinstance(stage, PruneStage) and stage.backend is not None:
+            warnings.warn(f"recipe.stage[{index}].backend: nothing trains here; see accelerate_model", stacklevel=3)
+    stages = tuple(
+        replace(stage, grow=None, backend=None) if isinstance(stage, PruneStage) else stage for stage in stages
+    )
     return replace(recipe, stages=stages)
