@@ -122,7 +122,8 @@ class Accelerated:
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
-        if torch._C._get_tracing_state():  # a trace has no place for a backend, and no numbers to choose by
+        # a trace and an exported program have no place for a backend, and no numbers to choose by
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
             return super().forward(input)  # type: ignore[misc,no-any-return]
         layer: Any = self
         engine, features = self._sparsehooks_engine, layer.in_features

@@ -222,6 +222,26 @@ def test_it_compiles_as_a_whole(name, compiler):
         found.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")  # as above
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_is_torchs_alone(tmp_path, strict):
+    """It takes any number of items, and runs where nobody has heard of the backend."""
+    model = small()
+    compress(model, {"stage": [{"quantize": "int8"}, {"activation": "int8"}]})
+    dense = copy.deepcopy(model)
+    accelerate_model(model, "int8")
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        torch.export.save(
+            torch.export.export(model, (INPUTS,), dynamic_shapes=batch, strict=strict), tmp_path / "model.pt2"
+        )
+        program = torch.export.load(tmp_path / "model.pt2")
+        assert not any("sparsehooks" in str(node.target) for node in program.graph.nodes)
+        for inputs in (INPUTS, torch.cat([INPUTS, INPUTS + 1])):
+            assert torch.equal(program.module()(inputs), dense(inputs))
+    assert isinstance(model[0], Accelerated)
+
+
 def test_a_threshold_stays_under_inference_mode_too():
     model = tiny_bert().eval()
     compress(model, {"stage": [{"activation": "teal", "sparsity": 0.5}]}, calibration=[batch()])
