@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from sparsehooks.accelerated import be_called, unswap
+from sparsehooks.accelerated import Group, be_called, unswap
 from sparsehooks.batches import Batches
 from sparsehooks.catalog import Catalog
 from sparsehooks.components import Backend
@@ -111,10 +111,10 @@ def judge(
     for layer in layers.values():
         unswap(layer)
     counts = None if backend != AUTO else _counts(model, layers, example)
-    verdicts = Verdicts()
+    group, verdicts = Group(named=counts is None), Verdicts()
     for name, layer in layers.items():
         parents = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]
-        trial = Trial(name, layer, candidates, speeds, timed=counts is not None, unfit=_nested(parents))
+        trial = Trial(name, layer, candidates, speeds, group, unfit=_nested(parents))
         verdicts[name] = trial.named() if counts is None else trial.timed(counts[name])
         if isinstance(parents[-1], nn.TransformerEncoderLayer):
             be_called(layer)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsehooks.accelerated import Engine, Lane, bare, choose, original, swap, unswap
+from sparsehooks.accelerated import Engine, Group, Lane, bare, choose, original, swap, unswap
 from sparsehooks.catalog import Record
 from sparsehooks.components import Backend, Support
 from sparsehooks.sharding import is_sharded
@@ -72,7 +72,7 @@ class Trial:
         layer: not swapped.
         candidates: the backends by name.
         speeds: what is known, and remembers.
-        timed: whether backends that round are left out where the model does not round.
+        group: of the layers of its model.
         unfit: why none may run it, if that is known.
     """
 
@@ -83,8 +83,8 @@ class Trial:
         layer: nn.Module,
         candidates: Mapping[str, Candidate],
         speeds: Speeds,
+        group: Group,
         *,
-        timed: bool,
         unfit: str | None = None,
     ) -> None:
         self._layer: Any = layer
@@ -95,19 +95,16 @@ class Trial:
         self._sparsity = 0.0 if unfit else 1 - int(self._weight.count_nonzero()) / self._weight.numel()
         site = vars(layer).get("_sparsehooks_site")
         self._site = "" if site is None else site.use
-        rounds = site is not None and site.component.rounds
         supports = self._supports = dict[str, Support]()
         if unfit is not None:
             self._reasons = dict.fromkeys(candidates, unfit)
             return
         for key, (_, backend) in candidates.items():
             with self._failing(key):
-                supports[key] = backend.supports(bare(layer), self._weight.device)
+                supports[key] = group.supports(backend, layer)
                 if not supports[key].ok:
                     self._reasons[key] = supports[key].reason
-                elif timed and not supports[key].exact and not rounds:
-                    self._reasons[key] = "it rounds what the model does not round; name it to use it all the same"
-        swap(layer, name, {key: candidate.backend for key, candidate in candidates.items()}, ())
+        swap(layer, name, {key: candidate.backend for key, candidate in candidates.items()}, (), group)
         self._engine = cast(Engine, layer._sparsehooks_engine)
         for key in self._usable():
             with self._failing(key):

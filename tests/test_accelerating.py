@@ -186,6 +186,43 @@ def test_what_became_of_a_layer_may_not_suit_its_backend():
     assert len(model[0]._sparsehooks_engine.backends["single"].runs) == runs + 1
 
 
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+def test_what_is_true_of_many_layers_is_said_once(copied):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).eval()
+    accelerate_model(model, "single", plugins=offering(single=Single))
+    model = copied(model).double()
+    with pytest.warns(UserWarning, match="float64; so may 2 more of the layers that it ran$") as said:
+        model(INPUTS.double())
+    assert len(said) == 1
+
+
+class Half(Plain):
+    """Rounds what is no bfloat16."""
+
+    def supports(self, layer, device):
+        return Support(ok=True, exact=layer.weight.dtype == torch.bfloat16)
+
+    def run(self, packed, input):  # noqa: A002
+        self.runs.append(len(input))
+        return F.linear(input.bfloat16(), *(part.bfloat16() for part in packed)).to(input.dtype)
+
+
+def test_a_backend_that_begins_to_round_ends(clock):
+    """Unless it was named, or the model rounds there."""
+    clock["half"] = 2.0
+    model, plugins = small().bfloat16(), offering(half=Half)
+    compress(model, {"stage": [{"activation": "int8", "targets": ["2"]}]})
+    assert accelerate_model(model, plugins=plugins).stays == {}
+    with pytest.warns(UserWarning, match="'0' runs dense, no longer by 'half': it rounds what the model does not"):
+        model.float()(INPUTS)
+    runs = model[2]._sparsehooks_engine.backends["half"].runs
+    runs.clear()
+    model(INPUTS)
+    assert len(runs) == 1
+    accelerate_model(model.bfloat16(), "half", plugins=plugins)
+    model.float()(INPUTS)
+
+
 def test_no_gradient_comes_through_it():
     model = small()
     accelerate_model(model, "plain", targets=["0"], plugins=offering(plain=Plain))
