@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -15,11 +15,11 @@ from sparsehooks.batches import Batches
 from sparsehooks.catalog import Catalog
 from sparsehooks.components import Backend
 from sparsehooks.decoding import decode
-from sparsehooks.errors import PlanError, PluginError
+from sparsehooks.errors import PlanError, PluginError, SessionError, SparseHooksError
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.speed import Speeds
 from sparsehooks.swapping import EffectiveWeight
-from sparsehooks.targets import find
+from sparsehooks.targets import find, idle
 from sparsehooks.trials import DENSE, Candidate, Trial, Verdict
 
 AUTO = "auto"
@@ -77,9 +77,11 @@ def accelerate_model(
         who runs each layer, how fast, and why not others.
 
     Raises:
-        PlanError: if a layer is in the middle of a run, or the backend that was named can run none.
+        PlanError: if a layer is in the middle of a run, the backend that was named can run none, or an argument is not
+            what it has to be.
         PluginError: if there is no such backend.
         RecipeError: if a target matches nothing.
+        SessionError: if the model cannot run on the example.
     """
     return judge(model, backend, Speeds.load(), example, targets, exclude, plugins)
 
@@ -100,10 +102,11 @@ def judge(
     plugins: Sequence[Any] | PluginManager = (),
 ) -> Verdicts:
     """``accelerate_model``, which takes those speeds as given that are known."""
-    if not isinstance(model, nn.Module):
-        raise PlanError([f"accelerate_model takes a model, not a {type(model).__name__}; open the folder first"])
+    _check(model, backend, targets, exclude)
     candidates = _candidates(as_manager(plugins).catalog, backend)
     names = [name for target in find(model, targets, exclude)[0] for name in target.modules]
+    for note in idle(model, exclude):
+        warnings.warn(note, stacklevel=3)
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if isinstance(layer, EffectiveWeight):
@@ -123,6 +126,16 @@ def judge(
         name, reasons = next(iter(verdicts.stays.items()))
         raise PlanError([f"'{backend}' can run none of the {len(layers)} layers; '{name}': {reasons[backend]}"])
     return verdicts
+
+
+def _check(model: Any, backend: Any, targets: Any, exclude: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError([f"accelerate_model takes a model, not a {type(model).__name__}; open the folder first"])
+    if not isinstance(backend, str):
+        raise PlanError([f"accelerate_model takes the name of a backend, or '{AUTO}', not {backend!r}"])
+    for key, patterns in (("targets", targets), ("exclude", exclude)):
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+            raise PlanError([f"accelerate_model takes a list of layers as '{key}', not {patterns!r}"])
 
 
 def _nested(parents: Sequence[nn.Module]) -> str | None:
@@ -169,6 +182,11 @@ def _counts(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> 
     ]
     try:
         Batches(model, [example], "example").run()
+    except SparseHooksError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SessionError(f"example: the model cannot run on it: {why}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -505,7 +505,23 @@ def test_what_cannot_be_meant_is_refused():
         accelerate_model(model, example={"text": "words"})
     with pytest.raises(SessionError, match="example: batch 0 does not fit the model's forward"):
         accelerate_model(model, example={"ids": INPUTS})
+    for unfit in (INPUTS[..., 1:], torch.tensor(1.0)):
+        with pytest.raises(SessionError, match="example: the model cannot run on it: "):
+            accelerate_model(model, example=unfit)
+    with pytest.raises(PlanError, match="takes the name of a backend, or 'auto', not None"):
+        accelerate_model(model, None)
+    with pytest.raises(PlanError, match="takes a list of layers as 'exclude', not '0'"):
+        accelerate_model(model, exclude="0")
+    with pytest.raises(PlanError, match="takes a list of layers as 'targets', not None"):
+        accelerate_model(model, targets=None)
     assert type(model[0]) is nn.Linear
+
+
+def test_what_excludes_nothing_is_said():
+    with pytest.warns(UserWarning, match=r"'exclude' names 'clasifier', which matches no module") as said:
+        verdicts = accelerate_model(small(), "plain", exclude=["0", "clasifier"], plugins=offering(plain=Plain))
+    assert list(verdicts) == ["2"]
+    assert said[0].filename == __file__
 
 
 def test_a_run_and_a_backend_exclude_each_other():
