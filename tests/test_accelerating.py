@@ -714,6 +714,12 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache, monkeypatch):
     assert accelerate_model(small(), plugins=offering(plain=Plain)).stays == {}
 
 
+def test_a_cache_that_cannot_be_replaced_leaves_nothing_behind(cache):
+    (cache / "a folder in its place").mkdir(parents=True)
+    accelerate_model(small(), plugins=offering(plain=Plain))
+    assert list(cache.parent.iterdir()) == [cache]
+
+
 def test_two_processes_add_to_one_cache(cache):
     device = torch.device("cpu")
     one, two = Speeds.load(), Speeds.load()
