@@ -83,7 +83,10 @@ def accelerate_model(
         RecipeError: if a target matches nothing.
         SessionError: if the model cannot run on the example.
     """
-    return judge(model, backend, Speeds.load(), example, targets, exclude, plugins)
+    verdicts = judge(model, backend, Speeds.load(), example, targets, exclude, plugins)
+    for note in idle(model, exclude):
+        warnings.warn(note, stacklevel=2)
+    return verdicts
 
 
 def restore_model(model: nn.Module) -> None:
@@ -105,8 +108,6 @@ def judge(
     _check(model, backend, targets, exclude)
     candidates = _candidates(as_manager(plugins).catalog, backend)
     names = [name for target in find(model, targets, exclude)[0] for name in target.modules]
-    for note in idle(model, exclude):
-        warnings.warn(note, stacklevel=3)
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if isinstance(layer, EffectiveWeight):

@@ -45,6 +45,8 @@ class Verdict:
         shape: of the weight, (outputs, inputs) of a Linear.
         dtype: of the weight.
         sparsity: the share of zeros in it.
+        input: the component that zeroes or rounds what enters the layer, if the model has one. Torch's layer, with which
+            others are compared, does so too, and is slower than ``F.linear``.
         lanes: (most, backend): who runs inputs of up to so many tokens, in ascending order; None is torch.
         speeds: for each number of tokens that was timed: how many times as fast as torch's layer each backend is.
         reasons: why others do not run the layer, by the name of the backend.
@@ -53,6 +55,7 @@ class Verdict:
     shape: tuple[int, ...]
     dtype: str
     sparsity: float
+    input: str = ""
     lanes: tuple[Lane, ...] = ()
     speeds: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -215,7 +218,8 @@ class Trial:
         else:
             unswap(self._layer)
         dtype = str(self._weight.dtype).removeprefix("torch.")
-        return Verdict(tuple(self._weight.shape), dtype, self._sparsity, tuple(lanes), speeds, self._reasons)
+        shape = tuple(self._weight.shape)
+        return Verdict(shape, dtype, self._sparsity, self._site, tuple(lanes), speeds, self._reasons)
 
 
 def fastest(speeds: Mapping[int, Mapping[str, float]]) -> list[Lane]:
