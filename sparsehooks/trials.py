@@ -45,8 +45,8 @@ class Verdict:
         shape: of the weight, (outputs, inputs) of a Linear.
         dtype: of the weight.
         sparsity: the share of zeros in it.
-        input: the component that zeroes or rounds what enters the layer, if the model has one. Torch's layer, with which
-            others are compared, does so too, and is slower than ``F.linear``.
+        input: the component that zeroes or rounds what enters the layer, if the model has one. Torch's layer, which the
+            others are compared with, does so too, and is slower than ``F.linear``.
         lanes: (most, backend): who runs inputs of up to so many tokens, in ascending order; None is torch.
         speeds: for each number of tokens that was timed: how many times as fast as torch's layer each backend is.
         reasons: why others do not run the layer, by the name of the backend.

@@ -749,6 +749,10 @@ def test_an_opened_model_is_accelerated_as_its_config_says(tmp_path):
     opened.save_pretrained(tmp_path / "b")
     again = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
     assert again["backend"] == "int8"
+    restore_model(opened)
+    save_pretrained(opened, tmp_path / "c", backend="dense")
+    assert "backend" not in json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]
+    assert not any(isinstance(layer, Accelerated) for layer in AutoModel.from_pretrained(tmp_path / "c").modules())
     worked_on = compress(tmp_path / "a", {"stage": [{"prune": "magnitude", "sparsity": 0.5}]})
     assert not any(isinstance(layer, Accelerated) for layer in worked_on.modules())
 
@@ -761,12 +765,20 @@ def test_a_module_without_a_config_cannot_ask_for_a_backend(tmp_path):
 
 def test_a_backend_that_is_not_here_leaves_the_layers_to_torch(tmp_path):
     model = tiny_bert().eval()
-    save_pretrained(model, tmp_path / "a", backend="warp")
+    for name, hint in (("warp", "known: dense, "), ("int9", r"did you mean 'int8'\?")):
+        with pytest.raises(
+            PluginError, match=f"no plugin offers the backend '{name}'; {hint}.*install the package that brings it"
+        ):
+            save_pretrained(model, tmp_path / "a", backend=name)
+    assert not (tmp_path / "a").exists()
+    save_pretrained(model, tmp_path / "a", backend="int8")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["quantization_config"]["backend"] = "warp"  # of a plugin that is there where it was saved
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="asks for the backend 'warp', torch runs the layers: no plugin offers"):
         opened = AutoModel.from_pretrained(tmp_path / "a")
     with torch.no_grad():
         assert torch.equal(opened(**batch())[0], model(**batch())[0])
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
     config["quantization_config"]["backend"] = ["warp"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="'backend' must be the name of one"):
