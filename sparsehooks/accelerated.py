@@ -155,8 +155,8 @@ class Accelerated:
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
-        # a trace and an exported program have no place for a backend, and no numbers to choose by
-        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
+        # traces and exported programs have no place for a backend and, like nested tensors, no number of tokens
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting() or input.is_nested:
             return super().forward(input)  # type: ignore[misc,no-any-return]
         layer: Any = self
         engine, features = self._sparsehooks_engine, layer.in_features
@@ -192,7 +192,7 @@ def _is_plain(inputs: Tensor) -> bool:
     """Whether a kernel may read the numbers of these inputs: no view that changes them, no transformation."""
     if torch.compiler.is_compiling():
         return True
-    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg() or inputs.is_nested:
+    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg():
         return False
     return not torch._C._functorch.peek_interpreter_stack() and forward_ad._current_level < 0
 

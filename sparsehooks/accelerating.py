@@ -57,8 +57,9 @@ def accelerate_model(
     beside them in memory. ``restore_model`` undoes this.
     Each layer's outputs are compared with torch's before a backend may run it. Where a backend rounds what enters a
     layer, a grid that the model has there (``activation = "int8"``) gives way; thresholds stay. Change weights before
-    this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed. What
-    ``torch.export`` and ``torch.jit.trace`` make of the model is torch's alone.
+    this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed, and so does
+    what is written into weights that were made in ``torch.inference_mode``. What ``torch.export`` and
+    ``torch.jit.trace`` make of the model is torch's alone.
 
     Args:
         model: opened, or after its run; on the device where it shall run.

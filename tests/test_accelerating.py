@@ -300,6 +300,20 @@ def test_bad_inputs_get_torchs_own_error():
 # ------------------------------------------------------------------------------------------------------- who may run it
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_torchs(layout):
+    model = small()
+    dense = copy.deepcopy(model)
+    accelerate_model(model, "plain", plugins=offering(plain=Plain))
+    runs = model[0]._sparsehooks_engine.backends["plain"].runs
+    runs.clear()
+    nested = torch.nested.nested_tensor([INPUTS[0], INPUTS[1, :3]], layout=layout)
+    for found, expected in zip(model(nested).unbind(), dense(nested).unbind(), strict=True):
+        assert torch.equal(found, expected)
+    assert not runs
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
 def test_what_a_kernel_cannot_read_is_torchs():
     """Autocast, views that negate, transformations, other dtypes and devices."""
