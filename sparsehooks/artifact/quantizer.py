@@ -184,7 +184,9 @@ class SparseHooksQuantizer(HfQuantizer):
         try:
             apply_activations(model, config.activations)
         except ValueError as error:
-            raise ArtifactError(f"{model.config.name_or_path!r}: config.json: {error}") from error
+            saved, here = ", ".join(model.config.architectures or ()), type(model).__name__
+            hint = f"; it was saved as {saved}, open it with that class and not with {here}" if saved != here else ""
+            raise ArtifactError(f"{model.config.name_or_path!r}: config.json: {error}{hint}") from error
         if config.backend is not None:
             _accelerate(model, config.backend)
         return model
