@@ -10,14 +10,16 @@ import functools
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sparsehooks.components import Backend
+from sparsehooks.components import Backend, Support
 from sparsehooks.errors import SessionError
 from sparsehooks.sites import Sparse, SparseInput
 from sparsehooks.swapping import inner
@@ -43,6 +45,29 @@ def choose(lanes: Iterable[Lane], tokens: int) -> str | None:
     return None
 
 
+@dataclass
+class Group:
+    """What the layers of one model share.
+
+    Attributes:
+        named: whether a backend may round what the model does not, as it was named.
+        layers: how many layers each backend runs.
+        left: the backends of which it was said that they no longer run a layer.
+    """
+
+    named: bool
+    layers: Counter[str] = field(default_factory=Counter)
+    left: set[str] = field(default_factory=set)
+
+    def supports(self, backend: Backend, layer: nn.Module) -> Support:
+        """Whether a backend may run a layer as it is now."""
+        support = backend.supports(bare(layer), cast(Tensor, layer.weight).device)
+        site = vars(layer).get("_sparsehooks_site")
+        if not support.ok or support.exact or self.named or (site is not None and site.component.rounds):
+            return support
+        return Support(ok=False, reason="it rounds what the model does not round; name it to use it all the same")
+
+
 class Engine:
     """What runs one layer.
 
@@ -51,10 +76,13 @@ class Engine:
         name: of the layer, for messages.
         backends: by name.
         lanes: in ascending order; what has more tokens than the last one runs dense.
+        group: of the layers of its model.
     """
 
-    def __init__(self, layer: nn.Module, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> None:
-        self.name, self.backends, self.lanes = name, dict(backends), tuple(lanes)
+    def __init__(
+        self, layer: nn.Module, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane], group: Group
+    ) -> None:
+        self.name, self.backends, self.lanes, self.group = name, dict(backends), tuple(lanes), group
         self.key = next(_KEYS)
         self._layer = weakref.ref(layer)
         self._packed: dict[str, Any] = {}
@@ -67,6 +95,7 @@ class Engine:
         used = {lane.backend for lane in self.lanes}
         self.backends = {name: backend for name, backend in self.backends.items() if name in used}
         self._packed = {name: packed for name, packed in self._packed.items() if name in used}
+        self.group.layers.update(self.backends.keys())
 
     def drop(self) -> None:
         """Forget what is packed."""
@@ -102,11 +131,15 @@ class Engine:
 
     def _pack(self, layer: Any, backend: str) -> Any:
         """What the backend needs; None where it does not take what the layer has become."""
-        runner, plain = self.backends[backend], bare(layer)
-        support = runner.supports(plain, layer.weight.device)
+        runner, group = self.backends[backend], self.group
+        support = group.supports(runner, layer)
         if support.ok:
-            return runner.pack(plain)
-        warnings.warn(f"'{self.name}' runs dense, no longer by '{backend}': {support.reason}", stacklevel=2)
+            return runner.pack(bare(layer))
+        if backend not in group.left:
+            group.left.add(backend)
+            others = group.layers[backend] - 1
+            also = f"; so may {others} more of the layers that it ran" if others > 0 else ""
+            warnings.warn(f"'{self.name}' runs dense, no longer by '{backend}': {support.reason}{also}", stacklevel=2)
         return None
 
 
@@ -122,7 +155,8 @@ class Accelerated:
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
-        if torch._C._get_tracing_state():  # a trace has no place for a backend, and no numbers to choose by
+        # traces and exported programs have no place for a backend and, like nested tensors, no number of tokens
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting() or input.is_nested:
             return super().forward(input)  # type: ignore[misc,no-any-return]
         layer: Any = self
         engine, features = self._sparsehooks_engine, layer.in_features
@@ -151,19 +185,19 @@ class Accelerated:
     def __reduce__(self) -> Any:
         engine = self._sparsehooks_engine
         layer = _shell(cast(nn.Module, self), original(cast(nn.Module, self)), {"_sparsehooks_engine"})
-        return swap, (layer, engine.name, engine.backends, engine.lanes)
+        return swap, (layer, engine.name, engine.backends, engine.lanes, engine.group)
 
 
 def _is_plain(inputs: Tensor) -> bool:
     """Whether a kernel may read the numbers of these inputs: no view that changes them, no transformation."""
     if torch.compiler.is_compiling():
         return True
-    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg() or inputs.is_nested:
+    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg():
         return False
     return not torch._C._functorch.peek_interpreter_stack() and forward_ad._current_level < 0
 
 
-def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> nn.Module:
+def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane], group: Group) -> nn.Module:
     """Have backends run a layer, in place.
 
     Args:
@@ -171,9 +205,10 @@ def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable
         name: for messages.
         backends: by name.
         lanes: see ``Engine``.
+        group: likewise.
     """
     layer.__class__ = _made(type(layer))  # type: ignore[arg-type]
-    layer._sparsehooks_engine = Engine(layer, name, backends, lanes)
+    layer._sparsehooks_engine = Engine(layer, name, backends, lanes, group)
     return cast(nn.Module, layer)
 
 
