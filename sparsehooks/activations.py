@@ -27,7 +27,7 @@ from sparsehooks.swapping import inner
 from sparsehooks.targets import Target
 
 if TYPE_CHECKING:
-    from sparsehooks.plan import PlannedStage
+    from sparsehooks.stages import PlannedStage
 
 SMOOTH = ("GELU", "SiLU", "Mish", "Swish")
 """What the class of a smooth activation function has in its name."""

@@ -17,10 +17,11 @@ from sparsehooks.learned import Learned
 from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
 from sparsehooks.padding import is_encoder_decoder
-from sparsehooks.plan import Plan, PlannedStage, crosses_targets
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
 from sparsehooks.sharding import is_sharded
+from sparsehooks.stages import PlannedStage, crosses_targets
 from sparsehooks.teachers import Teacher, frozen_copy, keep_start, read_start, share
 from sparsehooks.views import Batch
 

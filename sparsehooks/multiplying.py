@@ -20,7 +20,7 @@ from sparsehooks.components import Backend
 from sparsehooks.plugins import attributed
 
 if TYPE_CHECKING:
-    from sparsehooks.plan import PlannedStage
+    from sparsehooks.stages import PlannedStage
     from sparsehooks.swapping import Product
     from sparsehooks.targets import Target
 

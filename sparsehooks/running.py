@@ -19,11 +19,11 @@ from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.masks import MaskChange, check_finite
 from sparsehooks.multiplying import Products
-from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
 from sparsehooks.pruning import NEEDS_STEP, Masks, Pruner, no_evidence
 from sparsehooks.rewinding import Snapshot
 from sparsehooks.sharding import local, part, whole, write
+from sparsehooks.stages import PlannedStage
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
 

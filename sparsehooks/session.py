@@ -21,9 +21,9 @@ from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.learned import Learned
-from sparsehooks.masks import check_finite
+from sparsehooks.masks import DIVERGED, check_finite
 from sparsehooks.outputs import Outputs
-from sparsehooks.plan import Plan, PlannedStage
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks
 from sparsehooks.quantizing import QuantizeRun
@@ -40,14 +40,13 @@ from sparsehooks.resuming import Carrier, Origin, Parts
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
 from sparsehooks.sharding import is_sharded, misfit, reshard, unsupported
 from sparsehooks.sites import recorded
+from sparsehooks.stages import PlannedStage
 from sparsehooks.targets import Target, plain_name
 from sparsehooks.views import SessionView
 
 if TYPE_CHECKING:
     from sparsehooks.calibration import Calibration
     from sparsehooks.problems import Quantize
-
-DIVERGED = "the training has diverged, lower the learning rate"
 
 
 class Session:

@@ -20,7 +20,7 @@ from sparsehooks.collecting import unsupported
 from sparsehooks.components import Activation, Criterion, Level, Need, Schedule
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
-from sparsehooks.plan import Plan, PlannedStage
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import (
     ActivationStage,
@@ -32,6 +32,7 @@ from sparsehooks.recipe import (
     Use,
 )
 from sparsehooks.session import Session
+from sparsehooks.stages import PlannedStage
 
 
 def compress(
