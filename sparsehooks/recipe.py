@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -211,6 +212,10 @@ class PruneStage(Stage):
         for pattern, sparsity in self.overrides.items():
             if not 0.0 <= sparsity < 1.0:
                 raise ValueError(f"'overrides' gives '{pattern}' the sparsity {sparsity}, which is outside [0, 1)")
+            try:
+                re.compile(pattern[3:] if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"'overrides' has '{pattern}', which is not a regular expression: {error}") from error
         if isinstance(self.sparsity, str) or (self.sparsity is not None and not 0.0 <= self.sparsity < 1.0):
             raise ValueError(f"'sparsity' = {self.sparsity} is outside [0, 1); 0.8 keeps a fifth of the weights")
 
