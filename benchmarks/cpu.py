@@ -2,7 +2,9 @@
 
     python benchmarks/cpu.py [--threads 1] [--rounds 7] [--tokens 1 128] [--layers 768x3072 384x1536 3072x768]
     python benchmarks/cpu.py --models
+    python benchmarks/cpu.py --auto
 
+``--models`` measures whole models, ``--auto`` what ``accelerate_model`` chooses by itself, which shall never be slower.
 All variants of a layer take turns in each round, and a ratio is the median of those within a round. One thread is
 measured by its own CPU time, several by the wall clock. Peers: ``stock`` is F.linear in float32; ``packed`` is oneDNN
 with weights that were reordered before, in float32 or, for pairs, bfloat16; ``int8`` is FBGEMM or oneDNN with inputs
@@ -18,6 +20,7 @@ import argparse
 import copy
 import ctypes
 import functools
+import itertools
 import platform
 import shutil
 import statistics
@@ -37,6 +40,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from sparsehooks import accelerate_model, compress, min_max
+from sparsehooks.accelerating import judge
+from sparsehooks.speed import Speeds
 
 PEAK = """
 #if defined(__AVX512F__)
@@ -182,9 +187,8 @@ def measure(table, inputs, outputs, tokens, options, limits):
             packed = backend.pack(layer)
             name = f"{type(backend).__name__.lower()} {sparsity:.0%}"
             variants[name] = lambda run=backend.run, packed=packed, given=given: run(packed, given)
-            weights = sum(part.nbytes for part in packed if isinstance(part, torch.Tensor))
             operations = 2 * layer.weight.count_nonzero().item() * tokens
-            needed[name] = peer, operations, weights + (inputs + outputs) * tokens * given.element_size(), width
+            needed[name] = peer, operations, packed.nbytes + (inputs + outputs) * tokens * given.element_size(), width
     with torch.inference_mode():
         times = compare(variants, options.threads, options.rounds)
     registers, _, copy = limits
@@ -235,6 +239,49 @@ def models(options):
     console.print(table)
 
 
+def auto(options):
+    """What ``backend="auto"`` chooses, beside stock float32, at numbers of tokens that it timed and others."""
+    shapes = [(16, 16), (64, 64), (128, 512), (384, 384), (384, 1536), (768, 3072), (3072, 768)]
+    zeros = {
+        "0 %": (0.0, 1),
+        "50 %": (0.5, 1),
+        "2:4": (0.0, 1),
+        "80 %": (0.8, 1),
+        "80 % in 1x4": (0.8, 4),
+        "95 %": (0.95, 1),
+    }
+    counts = (1, 2, 7, 16, 33, 128, 300, 512)
+    table = Table(
+        "layer", "zeros", *map(str, counts), title="x stock by number of tokens, and who runs it; =: torch, untouched"
+    )
+    found = []
+    for (inputs, outputs), (name, kind) in itertools.product(shapes, zeros.items()):
+        layer = sparse(inputs, outputs, *kind)
+        if name == "2:4":
+            layer.weight.mul_((torch.rand(outputs, inputs // 4, 4).argsort(dim=-1) < 2).view(outputs, inputs))
+        fast = copy.deepcopy(layer)
+        verdict = judge(nn.Sequential(fast), "auto", Speeds())["0"]
+        if type(fast) is nn.Linear:  # nothing was faster, so it is as it was
+            table.add_row(f"{inputs} to {outputs}", name, *["="] * len(counts))
+            found += [(1.0, f"{inputs} to {outputs}, {name} zeros, untouched")] * len(counts)
+            continue
+        cells = []
+        for tokens in counts:
+            x = torch.randn(tokens, inputs)
+            with torch.inference_mode():
+                variants = {"stock": functools.partial(layer, x), "auto": functools.partial(fast, x)}
+                speed = ratio(compare(variants, options.threads, options.rounds), "stock", "auto")
+            who = verdict.backend(tokens)
+            found.append((speed, f"{inputs} to {outputs}, {name} zeros, {tokens} tokens, {who}"))
+            cells.append(f"{speed:.2f}" + ("" if who == "dense" else f" {who.removeprefix('cpu_')}"))
+        table.add_row(f"{inputs} to {outputs}", name, *cells)
+    console.print(table)
+    slow = sorted(case for case in found if case[0] < 1 / 1.03)
+    console.print(f"{len(found)} cases, of which {len(slow)} are more than 3 % slower than stock; the slowest:")
+    for speed, what in sorted(found)[:5]:
+        console.print(f"  {speed:.3f} {what}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -242,8 +289,13 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1])
     parser.add_argument("--layers", nargs="+", default=["768x3072", "384x1536", "3072x768"])
     parser.add_argument("--models", action="store_true", help="whole models instead of layers")
+    parser.add_argument("--auto", action="store_true", help="what is chosen automatically")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.auto:
+        torch.set_num_threads(options.threads)
+        auto(options)
+        return
     if options.models:
         torch.set_num_threads(options.threads)
         models(options)

@@ -4,8 +4,10 @@
 
 For the shapes of BERT and Llama layers and several numbers of tokens: the microseconds of torch's dense layer, and how
 many times as fast the semi_structured backend is with the library's default algorithm, with the one that its search
-finds for just so many tokens, and in int8. Medians over pairs of timings, in turn, in one process. The outputs are
-compared with the dense ones; the errors are shares of the largest output. Without a GPU it says so and ends.
+finds for just so many tokens, and in int8. Then, for many tokens, the forward and the backward of a layer that trains:
+dense, masked by SR-STE, and with the backend as well, for masks that are 2:4 along rows and for masks that are so both
+ways. Medians over pairs of timings, in turn, in one process. Outputs are compared with the dense ones, gradients with
+those of the masked layer; the errors are shares of the largest value. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -15,19 +17,23 @@ import functools
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
-from sparsehooks import Backend, compress
+from sparsehooks import Backend, attach, compress
 from sparsehooks.builtin.backends.semi_structured import SemiStructured, SemiStructuredInt8, tuned
 from sparsehooks.speed import machine, ratio
 
 SHAPES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (2048, 8192), (4096, 4096), (4096, 14336), (14336, 4096)]
 """(inputs, outputs)."""
 DEVICE = torch.device("cuda")
-RIGHT = {"2:4": 0.02, "int8": 0.05}
+RIGHT = {"2:4": 0.02, "int8": 0.05, "both ways": 0.02}
 TOKENS = (1, 16, 128, 512, 2048, 8192)
+MANY = (2048, 8192, 32768)
+"""Tokens of a step of training."""
+PATTERNS = {"2:4": "2:4", "both ways": {"use": "2:4", "transposable": True}}
 
 
 def layer_of(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
@@ -65,13 +71,56 @@ def measure(layer, rows, wide, narrow):
         default = wide._replace(algorithm=0)
         errors["2:4"], speed = compare(SemiStructured(), default, layer, rows)
         found["2:4"] = f"{speed:.2f}"
-        best = tuned(default, rows)
+        best = tuned(default, *rows.shape)
         if best.algorithm != default.algorithm:
             error, speed = compare(SemiStructured(), best, layer, rows)
             errors["2:4"], found["best"] = max(errors["2:4"], error), f"{speed:.2f}"
     if narrow is not None:
         errors["int8"], speed = compare(SemiStructuredInt8(), narrow, layer, rows)
         found["int8"] = f"{speed:.2f}"
+    return found, errors
+
+
+def training(inputs, outputs, dtype, left, pattern=None, **stage):
+    """A model of one layer, in a run that ends with ``left``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, outputs, device=DEVICE, dtype=dtype))
+    if pattern is not None:
+        recipe = {"stage": [{"prune": "sr_ste", "pattern": pattern, **stage}]}
+        optimizer = torch.optim.SGD(model.parameters())
+        left.enter_context(attach(model, optimizer, recipe, total_steps=1))
+        optimizer.step()  # without gradients yet: the masks stay as they are
+    return model
+
+
+@torch.enable_grad()
+def pass_through(model, rows, above):
+    """Forward and backward, with the gradients of the inputs, of the weight and of the bias."""
+    for tensor in (rows, *model.parameters()):
+        tensor.grad = None
+    model(rows).backward(above)
+    return [rows.grad, *(weight.grad for weight in model.parameters())]
+
+
+def measure_training(inputs, outputs, dtype, tokens):
+    """The figures of a line, by the column's name; and the errors of the gradients."""
+    rows = torch.randn(tokens, inputs, device=DEVICE, dtype=dtype, requires_grad=True)
+    above = torch.randn(tokens, outputs, device=DEVICE, dtype=dtype)
+    found, errors = {}, {}
+    with ExitStack() as left:
+        dense = functools.partial(pass_through, training(inputs, outputs, dtype, left), rows, above)
+        found["dense"] = f"{microseconds(dense):.0f}"
+        for name, pattern in PATTERNS.items():
+            masked, sparse = (
+                functools.partial(pass_through, training(inputs, outputs, dtype, left, pattern, **stage), rows, above)
+                for stage in ({}, {"backend": "semi_structured"})
+            )
+            errors[name] = max(
+                float((one - other).abs().max() / other.abs().max())
+                for one, other in zip(sparse(), masked(), strict=True)
+            )
+            found["masked"] = f"{ratio(dense, masked, DEVICE):.2f}"
+            found[name] = f"{ratio(dense, sparse, DEVICE):.2f}"
     return found, errors
 
 
@@ -85,11 +134,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here that torch can use, so nothing was measured")
     print(machine(DEVICE), "compute capability {}.{}".format(*torch.cuda.get_device_capability()), sep=", ")
-    columns = ("dense", "2:4", "best", "int8")
-    print(f"{'inputs x outputs':>16} {'tokens':>7}", *(f"{name:>7}" for name in columns), "errors")
+    dtype, shapes = getattr(torch, options.dtype), SHAPES[1:3] if options.quick else SHAPES
     wrong = []
-    for inputs, outputs in SHAPES[1:3] if options.quick else SHAPES:
-        layer = layer_of(inputs, outputs, getattr(torch, options.dtype))
+
+    def line(inputs, outputs, tokens, columns, found, errors):
+        cells = (f"{found.get(name, '-'):>9}" for name in columns)
+        said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        print(f"{f'{inputs} x {outputs}':>16} {tokens:>7}", *cells, said, flush=True)
+        wrong.extend(f"{name} at {inputs} x {outputs}" for name, error in errors.items() if not error <= RIGHT[name])
+
+    columns = ("dense", "2:4", "best", "int8")
+    print(f"{'inputs x outputs':>16} {'tokens':>7}", *(f"{name:>9}" for name in columns), "errors")
+    for inputs, outputs in shapes:
+        layer = layer_of(inputs, outputs, dtype)
         packed = []
         for backend in (SemiStructured(), SemiStructuredInt8()):
             support = backend.supports(layer, DEVICE)
@@ -97,13 +154,13 @@ def main() -> None:
             if not support.ok:
                 print(f"{inputs} x {outputs}: {type(backend).__name__} does not run: {support.reason}")
         for tokens in TOKENS:
-            found, errors = measure(
-                layer, torch.randn(tokens, inputs, device=DEVICE, dtype=layer.weight.dtype), *packed
-            )
-            cells = (f"{found.get(name, '-'):>7}" for name in columns)
-            said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            print(f"{f'{inputs} x {outputs}':>16} {tokens:>7}", *cells, said, flush=True)
-            wrong += [f"{name} at {inputs} x {outputs}" for name, error in errors.items() if not error <= RIGHT[name]]
+            rows = torch.randn(tokens, inputs, device=DEVICE, dtype=dtype)
+            line(inputs, outputs, tokens, columns, *measure(layer, rows, *packed))
+    columns = ("dense", "masked", "2:4", "both ways")
+    print(f"{'training':>16} {'tokens':>7}", *(f"{name:>9}" for name in columns), "errors")
+    for inputs, outputs in shapes:
+        for tokens in MANY:
+            line(inputs, outputs, tokens, columns, *measure_training(inputs, outputs, dtype, tokens))
     sys.exit(f"wrong outputs: {', '.join(sorted(set(wrong)))}" if wrong else 0)
 
 

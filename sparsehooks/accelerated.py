@@ -10,16 +10,19 @@ import functools
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sparsehooks.components import Backend
+from sparsehooks.components import Backend, Support
 from sparsehooks.errors import SessionError
-from sparsehooks.sites import Sparse, SparseInput, inner
+from sparsehooks.sites import Sparse, SparseInput
+from sparsehooks.swapping import inner
 
 
 class Lane(NamedTuple):
@@ -42,6 +45,29 @@ def choose(lanes: Iterable[Lane], tokens: int) -> str | None:
     return None
 
 
+@dataclass
+class Group:
+    """What the layers of one model share.
+
+    Attributes:
+        named: whether a backend may round what the model does not, as it was named.
+        layers: how many layers each backend runs.
+        left: the backends of which it was said that they no longer run a layer.
+    """
+
+    named: bool
+    layers: Counter[str] = field(default_factory=Counter)
+    left: set[str] = field(default_factory=set)
+
+    def supports(self, backend: Backend, layer: nn.Module) -> Support:
+        """Whether a backend may run a layer as it is now."""
+        support = backend.supports(bare(layer), cast(Tensor, layer.weight).device)
+        site = vars(layer).get("_sparsehooks_site")
+        if not support.ok or support.exact or self.named or (site is not None and site.component.rounds):
+            return support
+        return Support(ok=False, reason="it rounds what the model does not round; name it to use it all the same")
+
+
 class Engine:
     """What runs one layer.
 
@@ -50,10 +76,13 @@ class Engine:
         name: of the layer, for messages.
         backends: by name.
         lanes: in ascending order; what has more tokens than the last one runs dense.
+        group: of the layers of its model.
     """
 
-    def __init__(self, layer: nn.Module, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> None:
-        self.name, self.backends, self.lanes = name, dict(backends), tuple(lanes)
+    def __init__(
+        self, layer: nn.Module, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane], group: Group
+    ) -> None:
+        self.name, self.backends, self.lanes, self.group = name, dict(backends), tuple(lanes), group
         self.key = next(_KEYS)
         self._layer = weakref.ref(layer)
         self._packed: dict[str, Any] = {}
@@ -66,6 +95,7 @@ class Engine:
         used = {lane.backend for lane in self.lanes}
         self.backends = {name: backend for name, backend in self.backends.items() if name in used}
         self._packed = {name: packed for name, packed in self._packed.items() if name in used}
+        self.group.layers.update(self.backends.keys())
 
     def drop(self) -> None:
         """Forget what is packed."""
@@ -74,19 +104,21 @@ class Engine:
     def takes(self, backend: str, inputs: Tensor) -> bool:
         """Whether the backend may run these inputs; torch's layer runs all others, or says what is wrong with them."""
         layer: Any = self._layer()
-        weight: Tensor = layer.weight
-        rounds = self.backends[backend].rounds_inputs and inputs.is_floating_point()
+        weight = layer._parameters.get("weight")  # torch finds it by name alone ten times as slowly
         return (
-            (inputs.dtype == weight.dtype or rounds)
+            weight is not None
+            and inputs.dim() > 0
+            and inputs.shape[-1] == layer.in_features
+            and (inputs.dtype == weight.dtype or (self.backends[backend].rounds_inputs and inputs.is_floating_point()))
             and inputs.device == weight.device
-            and not torch.is_autocast_enabled(weight.device.type)
+            and not torch.is_autocast_enabled("cpu" if weight.is_cpu else weight.device.type)
             and _is_plain(inputs)
         )
 
     def run(self, backend: str, inputs: Tensor) -> Tensor:
         """The layer's outputs; to be called without gradients."""
         layer: Any = self._layer()
-        weight, bias = layer.weight, layer.bias
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         stamp = _stamp(weight), bias is None or _stamp(bias)
         if stamp != self._stamp:
             self._packed, self._stamp = {}, stamp
@@ -95,17 +127,21 @@ class Engine:
         packed, runner = self._packed[backend], self.backends[backend]
         if packed is None:
             return cast(Tensor, original(layer).forward(layer, inputs))
-        if not runner.rounds_inputs and issubclass(type(layer), SparseInput):
+        if not runner.rounds_inputs and isinstance(layer, SparseInput):
             inputs = layer._sparsehooks_incoming(inputs)
         return runner.run(packed, inputs)
 
     def _pack(self, layer: Any, backend: str) -> Any:
         """What the backend needs; None where it does not take what the layer has become."""
-        runner, plain = self.backends[backend], bare(layer)
-        support = runner.supports(plain, layer.weight.device)
+        runner, group = self.backends[backend], self.group
+        support = group.supports(runner, layer)
         if support.ok:
-            return runner.pack(plain)
-        warnings.warn(f"'{self.name}' runs dense, no longer by '{backend}': {support.reason}", stacklevel=2)
+            return runner.pack(bare(layer))
+        if backend not in group.left:
+            group.left.add(backend)
+            others = group.layers[backend] - 1
+            also = f"; so may {others} more of the layers that it ran" if others > 0 else ""
+            warnings.warn(f"'{self.name}' runs dense, no longer by '{backend}': {support.reason}{also}", stacklevel=2)
         return None
 
 
@@ -121,13 +157,13 @@ class Accelerated:
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward, by the backend that so many tokens get."""
-        if torch._C._get_tracing_state():  # a trace has no place for a backend, and no numbers to choose by
+        # traces and exported programs have no place for a backend and, like nested tensors, no number of tokens
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting() or input.is_nested:
             return super().forward(input)  # type: ignore[misc,no-any-return]
         layer: Any = self
-        engine, features = self._sparsehooks_engine, layer.in_features
-        backend = choose(engine.lanes, input.numel() // features)
-        # torch also says what is wrong with inputs that do not fit
-        if backend is None or not input.dim() or input.shape[-1] != features or not engine.takes(backend, input):
+        engine = self._sparsehooks_engine
+        backend = choose(engine.lanes, input.numel() // layer.in_features)
+        if backend is None or not engine.takes(backend, input):
             return super().forward(input)  # type: ignore[misc,no-any-return]
         found: Tensor
         if torch.compiler.is_compiling():  # to the compiler, every backend is one operation
@@ -150,19 +186,19 @@ class Accelerated:
     def __reduce__(self) -> Any:
         engine = self._sparsehooks_engine
         layer = _shell(cast(nn.Module, self), original(cast(nn.Module, self)), {"_sparsehooks_engine"})
-        return swap, (layer, engine.name, engine.backends, engine.lanes)
+        return swap, (layer, engine.name, engine.backends, engine.lanes, engine.group)
 
 
 def _is_plain(inputs: Tensor) -> bool:
     """Whether a kernel may read the numbers of these inputs: no view that changes them, no transformation."""
     if torch.compiler.is_compiling():
         return True
-    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg() or inputs.is_nested:
+    if type(inputs) is not Tensor or inputs.layout is not torch.strided or inputs.is_neg():
         return False
     return not torch._C._functorch.peek_interpreter_stack() and forward_ad._current_level < 0
 
 
-def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane]) -> nn.Module:
+def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable[Lane], group: Group) -> nn.Module:
     """Have backends run a layer, in place.
 
     Args:
@@ -170,9 +206,10 @@ def swap(layer: Any, name: str, backends: Mapping[str, Backend], lanes: Iterable
         name: for messages.
         backends: by name.
         lanes: see ``Engine``.
+        group: likewise.
     """
     layer.__class__ = _made(type(layer))  # type: ignore[arg-type]
-    layer._sparsehooks_engine = Engine(layer, name, backends, lanes)
+    layer._sparsehooks_engine = Engine(layer, name, backends, lanes, group)
     return cast(nn.Module, layer)
 
 
@@ -197,7 +234,7 @@ def _nothing(*_: Any) -> None:
 
 def original(layer: nn.Module) -> type[nn.Module]:
     """The class of an accelerated layer before it was swapped."""
-    return type(layer).__mro__[2]
+    return inner(type(layer))
 
 
 def bare(layer: nn.Module) -> Any:

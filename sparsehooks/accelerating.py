@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
 from torch import nn
 
-from sparsehooks.accelerated import be_called, unswap
+from sparsehooks.accelerated import Group, be_called, unswap
 from sparsehooks.batches import Batches
 from sparsehooks.catalog import Catalog
 from sparsehooks.components import Backend
 from sparsehooks.decoding import decode
-from sparsehooks.errors import PlanError, PluginError
+from sparsehooks.errors import PlanError, PluginError, SessionError, SparseHooksError
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.speed import Speeds
 from sparsehooks.swapping import EffectiveWeight
-from sparsehooks.targets import find
+from sparsehooks.targets import find, idle
 from sparsehooks.trials import DENSE, Candidate, Trial, Verdict
 
 AUTO = "auto"
@@ -57,7 +57,9 @@ def accelerate_model(
     beside them in memory. ``restore_model`` undoes this.
     Each layer's outputs are compared with torch's before a backend may run it. Where a backend rounds what enters a
     layer, a grid that the model has there (``activation = "int8"``) gives way; thresholds stay. Change weights before
-    this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed.
+    this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed, and so does
+    what is written into weights that were made in ``torch.inference_mode``. What ``torch.export`` and
+    ``torch.jit.trace`` make of the model is torch's alone.
 
     Args:
         model: opened, or after its run; on the device where it shall run.
@@ -76,11 +78,16 @@ def accelerate_model(
         who runs each layer, how fast, and why not others.
 
     Raises:
-        PlanError: if a layer is in the middle of a run, or the backend that was named can run none.
+        PlanError: if a layer is in the middle of a run, the backend that was named can run none, or an argument is not
+            what it has to be.
         PluginError: if there is no such backend.
         RecipeError: if a target matches nothing.
+        SessionError: if the model cannot run on the example.
     """
-    return judge(model, backend, Speeds.load(), example, targets, exclude, plugins)
+    verdicts = judge(model, backend, Speeds.load(), example, targets, exclude, plugins)
+    for note in idle(model, exclude):
+        warnings.warn(note, stacklevel=2)
+    return verdicts
 
 
 def restore_model(model: nn.Module) -> None:
@@ -99,8 +106,7 @@ def judge(
     plugins: Sequence[Any] | PluginManager = (),
 ) -> Verdicts:
     """``accelerate_model``, which takes those speeds as given that are known."""
-    if not isinstance(model, nn.Module):
-        raise PlanError([f"accelerate_model takes a model, not a {type(model).__name__}; open the folder first"])
+    _check(model, backend, targets, exclude)
     candidates = _candidates(as_manager(plugins).catalog, backend)
     names = [name for target in find(model, targets, exclude)[0] for name in target.modules]
     layers = {name: model.get_submodule(name) for name in names}
@@ -110,10 +116,10 @@ def judge(
     for layer in layers.values():
         unswap(layer)
     counts = None if backend != AUTO else _counts(model, layers, example)
-    verdicts = Verdicts()
+    group, verdicts = Group(named=counts is None), Verdicts()
     for name, layer in layers.items():
         parents = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]
-        trial = Trial(name, layer, candidates, speeds, timed=counts is not None, unfit=_nested(parents))
+        trial = Trial(name, layer, candidates, speeds, group, unfit=_nested(parents))
         verdicts[name] = trial.named() if counts is None else trial.timed(counts[name])
         if isinstance(parents[-1], nn.TransformerEncoderLayer):
             be_called(layer)
@@ -122,6 +128,16 @@ def judge(
         name, reasons = next(iter(verdicts.stays.items()))
         raise PlanError([f"'{backend}' can run none of the {len(layers)} layers; '{name}': {reasons[backend]}"])
     return verdicts
+
+
+def _check(model: Any, backend: Any, targets: Any, exclude: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError([f"accelerate_model takes a model, not a {type(model).__name__}; open the folder first"])
+    if not isinstance(backend, str):
+        raise PlanError([f"accelerate_model takes the name of a backend, or '{AUTO}', not {backend!r}"])
+    for key, patterns in (("targets", targets), ("exclude", exclude)):
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+            raise PlanError([f"accelerate_model takes a list of layers as '{key}', not {patterns!r}"])
 
 
 def _nested(parents: Sequence[nn.Module]) -> str | None:
@@ -168,6 +184,11 @@ def _counts(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> 
     ]
     try:
         Batches(model, [example], "example").run()
+    except SparseHooksError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SessionError(f"example: the model cannot run on it: {why}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -22,11 +22,12 @@ from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.padding import Padding
 from sparsehooks.sampling import GRID, Recorder, Sample
-from sparsehooks.sites import Site, Sparse, inner, own, put, recorded, replace, take
+from sparsehooks.sites import Site, Sparse, own, put, recorded, replace, take
+from sparsehooks.swapping import inner
 from sparsehooks.targets import Target
 
 if TYPE_CHECKING:
-    from sparsehooks.plan import PlannedStage
+    from sparsehooks.stages import PlannedStage
 
 SMOOTH = ("GELU", "SiLU", "Mish", "Swish")
 """What the class of a smooth activation function has in its name."""

@@ -13,12 +13,12 @@ from sparsehooks.batches import Batches, measuring
 from sparsehooks.components import Criterion, Need, Solver
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import MaskChange, check_finite
-from sparsehooks.plan import PlannedStage, crosses_targets
 from sparsehooks.plugins import attributed
 from sparsehooks.problems import LayerProblem, Quantize
 from sparsehooks.pruning import Masks, Pruner
 from sparsehooks.recipe import PruneStage
 from sparsehooks.sequential import Evidence, Rerun, Visit, collect, in_order, inside
+from sparsehooks.stages import PlannedStage, crosses_targets
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
 from sparsehooks.walking import Blocks, block_lists

@@ -761,10 +761,13 @@ class Backend(ComponentBase):
     Attributes:
         rounds_inputs: whether it puts what enters a layer on an int8 grid, fitted while the layer runs; it then takes
             the place of a grid that the model has there.
+        trains: whether it may run layers while they train: it computes what torch does but for the order of sums, and
+            packs fast enough to do so in each forward, and in each backward with the transposed weight.
     """
 
     kind = "backend"
     rounds_inputs: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, layer: nn.Linear, device: torch.device) -> Support:

@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sparsehooks.padding import is_encoder_decoder
+
 Role = Literal["weight", "vector", "follower"]
 """A matrix that may be scored; what is masked with it (a bias or norm); what only changes its size (running mean)."""
 
@@ -536,7 +538,7 @@ def depth_keys(model: nn.Module, container: str) -> list[tuple[Any, str]]:
     count = len(cast(nn.ModuleList, model.get_submodule(container)))
     root = getattr(model, "config", None)
     keys = ["num_hidden_layers"]
-    if getattr(root, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         decoder = any("decoder" in part for part in container.split("."))
         keys = ["num_decoder_layers", "decoder_layers"] if decoder else ["num_layers", "encoder_layers"]
     found = [(root, key) for key in keys if getattr(root, key, None) == count]

@@ -16,10 +16,12 @@ from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.models import open_model
 from sparsehooks.outputs import Outputs
-from sparsehooks.plan import Plan, PlannedStage, crosses_targets
+from sparsehooks.padding import is_encoder_decoder
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import attributed
 from sparsehooks.recipe import DistillStage, PruneStage, Teachers, TeacherUse
 from sparsehooks.sharding import is_sharded
+from sparsehooks.stages import PlannedStage, crosses_targets
 from sparsehooks.teachers import Teacher, frozen_copy, keep_start, read_start, share
 from sparsehooks.views import Batch
 
@@ -271,4 +273,4 @@ def _shifts_labels(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
-    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return causal and not is_encoder_decoder(model)

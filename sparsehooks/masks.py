@@ -176,6 +176,10 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+DIVERGED = "the training has diverged, lower the learning rate"
+"""The advice on weights that are not finite while they train."""
+
+
 def check_finite(what: str, values: Tensor, advice: str) -> None:
     """Refuse values that are not finite: compared with a threshold, a NaN would silently empty the mask.
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsehooks.components import Need
 from sparsehooks.coupling import QKV, child, is_transposed, join
 from sparsehooks.errors import SessionError
-from sparsehooks.padding import CROSS
+from sparsehooks.padding import CROSS, is_encoder_decoder
 
 ARGUMENTS = {Need.HIDDEN_STATES: "output_hidden_states", Need.ATTENTIONS: "output_attentions"}
 PARTS = ("queries", "keys", "values")
@@ -80,7 +80,7 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, ...]]:
 
     None of an encoder-decoder, whose two halves are as different as two models.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return
     for name, module in model.named_modules():
         if set(name.split(".")) & set(CROSS):

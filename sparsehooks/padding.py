@@ -14,6 +14,11 @@ CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
 FROM_ENCODER = ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model's config says that it has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 @dataclass(frozen=True)
 class Padding:
     """The attention masks of one call of a model.
@@ -33,7 +38,7 @@ class Padding:
         """From the arguments of the model's forward."""
         given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
         mask, decoder = (_as_mask(given.get(key)) for key in ("attention_mask", "decoder_attention_mask"))
-        return cls(mask, decoder, bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)))
+        return cls(mask, decoder, is_encoder_decoder(model))
 
     def of(self, module: str) -> Tensor | None:
         """The mask of what goes into a module of this name."""

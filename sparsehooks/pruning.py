@@ -20,7 +20,7 @@ from sparsehooks.sharding import local, part, whole, write
 from sparsehooks.views import WeightView
 
 if TYPE_CHECKING:
-    from sparsehooks.plan import PlannedStage
+    from sparsehooks.stages import PlannedStage
     from sparsehooks.targets import Target
 
 Evidence = Callable[["Target"], Mapping[str, Any]]
@@ -308,7 +308,7 @@ class Masks:
         stage, name = pruner.stage, target.parameter
         view = self.view(pruner, key, target, step, evidence)
         weight = view.weight
-        masks.check_finite(f"weights of '{name}'", weight, "the training has diverged, lower the learning rate")
+        masks.check_finite(f"weights of '{name}'", weight, masks.DIVERGED)
         version = weight._version
         with attributed(stage.components[key].record):
             score = criterion.score(view)

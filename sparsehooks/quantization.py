@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsehooks.grids import SMALLEST, largest_scale, significant
+from sparsehooks.grids import Steps
 
-_SCALE_MAX = {code_max: largest_scale(code_max, 17) for code_max in (1, 3, 7, 15, 31, 63, 127)}
+_STEPS = {steps.most: steps for steps in map(Steps, range(2, 9))}
 
 
 def row_scales(weight: Tensor, code_max: int = 127) -> Tensor:
@@ -34,8 +34,7 @@ def row_scales(weight: Tensor, code_max: int = 127) -> Tensor:
     runs in every forward of quantized training, where a check would stop the device and ``torch.compile``.
     """
     largest = weight.detach().abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True).to(torch.float32)
-    scales = significant((largest / code_max).clamp(SMALLEST, _SCALE_MAX[code_max]), 17)
-    return scales.masked_fill(largest == 0, 1.0).masked_fill(~torch.isfinite(largest), torch.nan)
+    return _STEPS[code_max].fit(-largest, largest)["scales"]
 
 
 def to_codes(weight: Tensor, scales: Tensor, code_max: int = 127) -> Tensor:
@@ -66,4 +65,4 @@ def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     values = (codes * scales).to(dtype)
     # a tiny negative product rounds to -0.0 in float16
-    return values.masked_fill_(values == 0, 0.0) if dtype == torch.float16 else values
+    return values.add_(0.0) if dtype == torch.float16 else values

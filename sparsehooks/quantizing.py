@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from sparsehooks import swapping
 from sparsehooks.activations import exact_inputs
 from sparsehooks.components import Need, Quantizer, Solver
-from sparsehooks.masks import check_finite
-from sparsehooks.plan import PlannedStage
+from sparsehooks.masks import DIVERGED, check_finite
 from sparsehooks.plugins import attributed
 from sparsehooks.problems import Quantize
 from sparsehooks.recipe import QuantizeStage
 from sparsehooks.rounding import Grid, Rounding, fitted
 from sparsehooks.running import Run
 from sparsehooks.sharding import whole, write
+from sparsehooks.stages import PlannedStage
 from sparsehooks.targets import Target
 
 
@@ -141,7 +141,7 @@ class QuantizeRun:
 
     def _swap(self) -> None:
         for target in self._stage.targets:
-            self._run.swap(target, "quantize", self._transform(target))
+            self._run.swap(target, "quantize", self._transform(target), None)
 
     def _transform(self, target: Target) -> Any:
         def quantize(matrix: Tensor, _: bool) -> Tensor:
@@ -162,4 +162,4 @@ class QuantizeRun:
         return f"{self._stage.index}.{target.parameter}"
 
     def _check(self, target: Target, matrix: Tensor) -> None:
-        check_finite(f"weights of '{target.parameter}'", matrix, "the training has diverged, lower the learning rate")
+        check_finite(f"weights of '{target.parameter}'", matrix, DIVERGED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -189,6 +190,7 @@ class PruneStage(Stage):
         schedule: when, and how much by then.
         grow: what grows back in place of other weights at each update; nothing if it is left out.
         solver: how the survivors are repaired, without training only.
+        backend: what multiplies while the layers train, once all that shall go is masked; torch if it is left out.
         overrides: for targets of their own sparsity: class names, globs or ``re:`` expressions as in ``targets``, the
             first that matches counts. They leave the budget that the others share.
     """
@@ -201,6 +203,7 @@ class PruneStage(Stage):
     schedule: Use = Use("oneshot")
     grow: Grow | None = None
     solver: Use | None = None
+    backend: Use | None = None
     overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -209,6 +212,10 @@ class PruneStage(Stage):
         for pattern, sparsity in self.overrides.items():
             if not 0.0 <= sparsity < 1.0:
                 raise ValueError(f"'overrides' gives '{pattern}' the sparsity {sparsity}, which is outside [0, 1)")
+            try:
+                re.compile(pattern[3:] if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"'overrides' has '{pattern}', which is not a regular expression: {error}") from error
         if isinstance(self.sparsity, str) or (self.sparsity is not None and not 0.0 <= self.sparsity < 1.0):
             raise ValueError(f"'sparsity' = {self.sparsity} is outside [0, 1); 0.8 keeps a fifth of the weights")
 

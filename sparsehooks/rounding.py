@@ -13,11 +13,11 @@ from sparsehooks.balancing import Balance, balances
 from sparsehooks.components import Quantizer, Solver
 from sparsehooks.errors import SessionError
 from sparsehooks.masks import check_finite
-from sparsehooks.plan import PlannedStage
 from sparsehooks.plugins import attributed
 from sparsehooks.problems import BalanceProblem, LayerProblem, Quantize
 from sparsehooks.running import Run
 from sparsehooks.sequential import Evidence, Rerun
+from sparsehooks.stages import PlannedStage
 from sparsehooks.targets import Target
 
 Grid = dict[str, Tensor]

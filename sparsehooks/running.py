@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,17 +12,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsehooks import swapping
+from sparsehooks import slots, swapping
 from sparsehooks.components import Need, Pattern, Regularizer, Schedule
 from sparsehooks.distributed import seed_of
 from sparsehooks.errors import SessionError
 from sparsehooks.learned import Learned
 from sparsehooks.masks import MaskChange, check_finite
-from sparsehooks.plan import PlannedStage
+from sparsehooks.multiplying import Products
 from sparsehooks.plugins import attributed
 from sparsehooks.pruning import NEEDS_STEP, Masks, Pruner, no_evidence
 from sparsehooks.rewinding import Snapshot
 from sparsehooks.sharding import local, part, whole, write
+from sparsehooks.stages import PlannedStage
 from sparsehooks.targets import Target
 from sparsehooks.views import WeightView
 
@@ -40,7 +42,7 @@ class Run:
         optimizer: the user's; None without training.
         masks: of all stages.
         learned: of all components.
-        swap: lets a target's layers compute with another weight.
+        swap: lets a target's layers compute with another weight, and by another product.
         total_steps: of the run.
         folder: where a resumed run finds what it needs of its start.
         calibration: without training, for stages that decide by calibration batches.
@@ -51,7 +53,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None
     masks: Masks
     learned: Learned
-    swap: Callable[[Target, swapping.Step, swapping.Transform], None]
+    swap: Callable[[Target, swapping.Step, swapping.Transform, swapping.Product | None], None]
     total_steps: int
     folder: Path | None
     calibration: Calibration | None
@@ -86,13 +88,18 @@ class PruneRun:
         if new:
             self._check_growth()
         criterion = self._pruner.criterion
+        products = Products(stage, objects["backend"]) if "backend" in objects else None
         for target in stage.targets:
             with attributed(stage.components["prune"].record):
                 made = criterion.prepare(run.masks.view(self._pruner, "prune", target, 0, no_evidence))
             run.learned.add(self._owner(target), made, run.weight(target).device, criterion.learning_rate())
-            if criterion.acts == "forward" and run.optimizer is not None:
+            if run.optimizer is None:
+                continue
+            if criterion.acts == "forward":
                 run.masks.alive.add(target.parameter)
-                run.swap(target, "mask", self._masking(target))
+            if criterion.acts == "forward" or products is not None:
+                product = None if products is None else products.of(target, functools.partial(self._final, target))
+                run.swap(target, "mask", self._masking(target), product)
 
     def before_step(self, step: int, scale: float) -> Changes:
         """What has to be done while the gradients are there: penalties, collecting, deciding by them.
@@ -241,6 +248,10 @@ class PruneRun:
         gradients = [self._run.weight(target).grad for target in self._stage.targets]
         return not all(gradient is None or bool(torch.isfinite(whole(gradient)).all()) for gradient in gradients)
 
+    def _final(self, target: Target) -> Tensor | None:
+        """The mask of a target, once all that shall go is masked."""
+        return self._run.masks.masks.get(target.parameter) if self._share == 1.0 else None
+
     def _masking(self, target: Target) -> swapping.Transform:
         learned = self._learned(target)
 
@@ -271,13 +282,10 @@ class PruneRun:
 
     def _momentum(self, weight: nn.Parameter) -> Tensor:
         assert self._run.optimizer is not None
-        slots = self._run.optimizer.state.get(weight, {})
-        for key in ("exp_avg", "momentum_buffer"):
-            if slots.get(key) is not None:
-                return cast(Tensor, slots[key])
-        if not slots and weight.grad is not None:
-            return weight.grad  # before the first step they are the same
-        raise SessionError(f"{self._stage.label}: the optimizer keeps no momentum; use Adam, or SGD with momentum")
+        found = slots.momentum(self._run.optimizer, weight)
+        if found is None:
+            raise SessionError(f"{self._stage.label}: the optimizer keeps no momentum; use Adam, or SGD with momentum")
+        return found
 
     def _learned(self, target: Target) -> dict[str, Tensor]:
         return self._run.learned.of(self._owner(target))
@@ -337,15 +345,5 @@ class RegularizeRun:
     def _step_size(self, target: Target, strength: float) -> Tensor | float:
         """By how much a weight moves for a unit of gradient, times the strength; a matrix under Adam."""
         assert self._run.optimizer is not None
-        weight = self._run.weight(target)
-        groups = self._run.optimizer.param_groups
-        group = next((group for group in groups if any(other is weight for other in group["params"])), None)
-        if group is None:
-            return 0.0  # it does not train
-        rate = float(group["lr"]) * strength
-        slots = self._run.optimizer.state.get(weight, {})
-        if slots.get("exp_avg_sq") is None:
-            return rate
-        correction = 1 - group["betas"][1] ** float(slots["step"])
-        sizes: Tensor = rate / ((target.matrix(whole(slots["exp_avg_sq"])) / correction).sqrt() + group["eps"])
-        return sizes
+        sizes = slots.step_size(self._run.optimizer, self._run.weight(target), strength)
+        return target.matrix(sizes) if isinstance(sizes, Tensor) else sizes

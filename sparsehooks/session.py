@@ -8,12 +8,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from sparsehooks import swapping
+from sparsehooks import slots, swapping
 from sparsehooks.activations import Activations
 from sparsehooks.batches import Batches
 from sparsehooks.components import Activation, ComponentBase, Distiller, Schedule, step_of
@@ -22,9 +21,9 @@ from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.hookspecs import StageStatus
 from sparsehooks.learned import Learned
-from sparsehooks.masks import check_finite
+from sparsehooks.masks import DIVERGED, check_finite
 from sparsehooks.outputs import Outputs
-from sparsehooks.plan import Plan, PlannedStage
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import PluginManager
 from sparsehooks.pruning import Masks
 from sparsehooks.quantizing import QuantizeRun
@@ -37,39 +36,17 @@ from sparsehooks.recipe import (
     RegularizeStage,
     ShrinkStage,
 )
+from sparsehooks.resuming import Carrier, Origin, Parts
 from sparsehooks.running import Changes, PruneRun, RegularizeRun, Run
-from sparsehooks.sharding import is_sharded, local, misfit, part, reshard, unsupported
+from sparsehooks.sharding import is_sharded, misfit, reshard, unsupported
 from sparsehooks.sites import recorded
+from sparsehooks.stages import PlannedStage
 from sparsehooks.targets import Target, plain_name
 from sparsehooks.views import SessionView
 
 if TYPE_CHECKING:
     from sparsehooks.calibration import Calibration
     from sparsehooks.problems import Quantize
-
-DIVERGED = "the training has diverged, lower the learning rate"
-ATTACHED: WeakSet[torch.optim.Optimizer] = WeakSet()
-"""The optimizers of all runs that have not ended."""
-KEY = "sparsehooks"
-"""Where the state travels: this key of the optimizer's first parameter group, which every loop saves and restores."""
-
-BEGINNINGS = {"step_size": "lr", "sum": "initial_accumulator_value"}
-"""The slots of torch's optimizers (Rprop, Adagrad) that do not begin at zero, and the option that they begin with."""
-
-
-def state_in(optimizer: Mapping[str, Any], which: str = "that was loaded") -> dict[str, Any]:
-    """The state of a session that an optimizer's state dict carries.
-
-    Raises:
-        SessionError: if it carries none.
-    """
-    state = optimizer.get("param_groups", [{}])[0].get(KEY)
-    if state is None:
-        raise SessionError(
-            f"the checkpoint {which} carries no state of sparsehooks (it has no optimizer state, or was made "
-            "without the recipe); resume from one that does, or start a new run from its weights"
-        )
-    return state  # type: ignore[no-any-return]
 
 
 class Session:
@@ -97,6 +74,8 @@ class Session:
         self._objects: dict[int, dict[str, ComponentBase]] = {
             stage.index: {key: bound.create() for key, bound in stage.components.items()} for stage in plan.stages
         }
+        self._origin = Origin.of(plan, self._objects, self.total_steps)
+        self._carrier = Carrier(None)
         self._optimizer: torch.optim.Optimizer | None = None
         self._learned = Learned()
         self._pruning: dict[int, PruneRun] = {}
@@ -106,7 +85,7 @@ class Session:
         self._quantizing: dict[int, QuantizeRun] = {}
         self._shrunk: dict[str, Any] = {}
         self._activations = Activations((), nn.Module())
-        self._left = ExitStack()
+        self._at_end = ExitStack()
 
     @classmethod
     def of(cls, recipe: Recipe, manager: PluginManager, model: nn.Module, total_steps: int) -> Session:
@@ -153,18 +132,15 @@ class Session:
         self._weights = dict(model.named_parameters())
         self.sharded = is_sharded(model)
         self._check_sharding()
-        if optimizer is not None and (optimizer in ATTACHED or (step == 0 and KEY in optimizer.param_groups[0])):
-            raise SessionError(
-                "another run of sparsehooks is attached to this optimizer; put all stages into one recipe and one "
-                "callback, or call detach() on the callback of a run that broke off"
-            )
+        self._carrier = Carrier(optimizer, carries=not self.sharded)
+        self._carrier.check_free(new=step == 0)
         if step > 0 and state is None:
-            state = self._state_of_step(step)
+            state = self._carrier.read(f"of step {step}")
         self.step = step
         self.masks = Masks(self._weights, self.plan.recipe.seed)
         self.masks.on_grown = self._reset_slots
         if state is not None:
-            start = self._checked(state)["distillation"]["start"]
+            start = self._origin.check(state)["distillation"]["start"]
         distillers = {
             stage.index: (stage, cast(Distiller, self._objects[stage.index]["distill"]))
             for stage in self.plan.stages
@@ -172,7 +148,7 @@ class Session:
         }
         # before layers are swapped: a copy of a swapped layer would compute with the masks of the student
         self._distillation = Distillation(distillers, self.plan, model, self._learned, folder, start)
-        self._left.callback(self._distillation.outputs.close)
+        self._at_end.callback(self._distillation.outputs.close)
         run = Run(
             model,
             optimizer,
@@ -185,6 +161,15 @@ class Session:
             self._on_grid,
         )
         self._make_runs(run, new=state is None)
+        self._parts = Parts(
+            self._objects,
+            self.masks,
+            self._learned,
+            self._distillation,
+            self._activations,
+            self._pruning,
+            self._quantizing,
+        )
         self._keep_answers(optimizer)
         if state is not None:
             self._take(state)
@@ -193,12 +178,11 @@ class Session:
         elif opened is not None:
             self.masks.from_zeros(self._pruned(opened))
         self.running = True
-        if optimizer is not None:
-            ATTACHED.add(optimizer)
+        self._carrier.attach()
         self._on_step = self.manager.step_finished()
         self.manager.session_started(self.view)
         self._advance(update=state is None)
-        self._save_state()
+        self._carrier.write(self.state_dict)
 
     def _make_runs(self, run: Run, *, new: bool) -> None:
         """One object for each stage that acts on weights, and one for all that act on activations."""
@@ -276,7 +260,7 @@ class Session:
         Raises:
             SessionError: if it carries no state, or that of another run.
         """
-        self.load_state_dict(self._state_of_step(None))
+        self.load_state_dict(self._carrier.read())
 
     def after_step(self, *, skipped: bool = False) -> None:
         """Call after each optimizer step.
@@ -291,7 +275,7 @@ class Session:
                 regularizing.after_step(self.step)
         self._advance(update=True)
         self.masks.apply()
-        self._save_state()
+        self._carrier.write(self.state_dict)
         if not skipped:
             self._on_step(self.view, self.step)
 
@@ -326,11 +310,7 @@ class Session:
         Raises:
             SessionError: if it is that of another run.
         """
-        state = self._checked(state)
-        self.masks.load_state_dict(state["masks"])
-        for index, quantizing in self._quantizing.items():
-            quantizing.load_state_dict(state["quantizing"][index])
-        self._learned.load_state_dict(state["learned"])
+        self._parts.load_learned(self._origin.check(state))
 
     def finish(self) -> None:
         """End the run: write the effective weights into the parameters and undo every swap."""
@@ -377,19 +357,17 @@ class Session:
     def _end(self, error: BaseException | None) -> None:
         self._activations.abort()
         self._unswap()
-        self._left.close()
+        self._at_end.close()
         if self.running:
             self.running = False
-            if self._optimizer is not None:
-                self._optimizer.param_groups[0].pop(KEY, None)
-                ATTACHED.discard(self._optimizer)
+            self._carrier.detach()
             self.manager.session_finished(self.view, error)
 
     def _keep_answers(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Write what the teachers answered with each checkpoint, for runs that go on from it, and at the end."""
-        self._left.callback(self._distillation.flush)
+        self._at_end.callback(self._distillation.flush)
         if optimizer is not None:
-            self._left.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
+            self._at_end.callback(optimizer.register_state_dict_pre_hook(lambda _: self._distillation.flush()).remove)
 
     @contextmanager
     def aborting(self) -> Iterator[Session]:
@@ -415,28 +393,8 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as plain values and tensors."""
-        components = {
-            f"{index}.{key}": state
-            for index, objects in self._objects.items()
-            for key, component in objects.items()
-            if (state := component.state_dict())
-        }
-        return {
-            "version": 1,
-            "recipe": self.plan.recipe.digest(),
-            "windows": self._windows(),
-            "step": self.step,
-            "statuses": dict(self._statuses),
-            "masks": self.masks.state_dict(),
-            "components": components,
-            "distillation": self._distillation.state_dict(),
-            "learned": self._learned.state_dict(),
-            "activations": self._activations.state_dict(),
-            "pruning": {index: pruning.state_dict() for index, pruning in self._pruning.items()},
-            "alive": sorted(self.masks.alive),
-            "undo": self.masks.undo_state(),
-            "quantizing": {index: quantizing.state_dict() for index, quantizing in self._quantizing.items()},
-        }
+        progress = {"step": self.step, "statuses": dict(self._statuses)}
+        return self._origin.to_plain() | progress | self._parts.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was called, on the weights of that moment.
@@ -447,42 +405,12 @@ class Session:
         self._take(state)
         self._loaded = self.sharded
         self._advance(update=False)
-        self._save_state()
+        self._carrier.write(self.state_dict)
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        state = self._checked(state)
-        self.step = state["step"]
-        self._statuses = dict(state["statuses"])
-        self.masks.load_state_dict(state["masks"])
-        for index, objects in self._objects.items():
-            for key, component in objects.items():
-                component.load_state_dict(state["components"].get(f"{index}.{key}", {}))
-        self._distillation.load_state_dict(state["distillation"])
-        for index, quantizing in self._quantizing.items():
-            quantizing.load_state_dict(state["quantizing"][index])
-        self._activations.load_state_dict(state["activations"])
-        self._learned.load_state_dict(state["learned"])
-        for index, pruning in self._pruning.items():
-            pruning.load_state_dict(state["pruning"][index])
-        self.masks.alive = set(state["alive"])
-        self.masks.load_undo_state(state["undo"])
-
-    def _checked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        if state["version"] != 1:
-            raise SessionError(f"the checkpoint has session state of version {state['version']}; upgrade sparsehooks")
-        if state["recipe"] != self.plan.recipe.digest():
-            raise SessionError("the checkpoint was made with another recipe; resume with that one, or start a new run")
-        if state["windows"] != self._windows():
-            raise SessionError(
-                f"the checkpoint belongs to a run of another length than {self.total_steps} steps, in which the "
-                "schedules fall on other steps; resume with that length, or give 'start' and 'end' in steps"
-            )
-        return state
-
-    def _windows(self) -> list[list[int]]:
-        """The first and last step of each schedule; lists, as a checkpoint brings them back."""
-        stages = [stage for stage in self.plan.stages if "schedule" in stage.components]
-        return [list(self._schedule(stage).window(self.total_steps)) for stage in stages]
+        state = self._origin.check(state)
+        self.step, self._statuses = state["step"], dict(state["statuses"])
+        self._parts.load_state_dict(state)
 
     def _pruned(self, opened: Collection[str]) -> list[str]:
         """What an opened artifact or this recipe prunes; a base model lacks the prefix of its task model."""
@@ -491,14 +419,6 @@ class Session:
             plain = f".{plain_name(name)}"
             own |= {name for old in opened if f".{old}".endswith(plain) or plain.endswith(f".{old}")}
         return [name for name in self._weights if name in own]
-
-    def _state_of_step(self, step: int | None) -> dict[str, Any]:
-        which = "that was loaded" if step is None else f"of step {step}"
-        return state_in({} if self._optimizer is None else vars(self._optimizer), which)
-
-    def _save_state(self) -> None:
-        if self._optimizer is not None and not self.sharded:
-            self._optimizer.param_groups[0][KEY] = self.state_dict()
 
     def _check_weights(self) -> None:
         """State and sharded weights come from two files: they have to fit."""
@@ -582,7 +502,7 @@ class Session:
 
     def _tell(self, index: int, step: int, changes: Changes) -> None:
         if any(change.pruned or change.grown for change in changes.values()):
-            stage = next(stage for stage in self.plan.stages if stage.index == index)
+            stage = self.plan.stages[index]
             if index not in self._statuses:  # a gradient decides before the step is finished
                 self._change(stage, "started")
             self.manager.masks_updated(self.view, stage.label, step, MappingProxyType(dict(changes)))
@@ -590,12 +510,7 @@ class Session:
     def _reset_slots(self, name: str, grown: Tensor) -> None:
         """A weight that grows begins with an optimizer that has not seen it."""
         if self._optimizer is not None:
-            weight = self._weights[name]
-            group = next((g for g in self._optimizer.param_groups if any(w is weight for w in g["params"])), {})
-            for key, slot in self._optimizer.state.get(weight, {}).items():
-                if isinstance(slot, Tensor) and slot.shape == grown.shape:
-                    beginning = group[BEGINNINGS[key]] if key in BEGINNINGS else 0
-                    local(slot).masked_fill_(part(grown, slot), beginning)
+            slots.reset(self._optimizer, self._weights[name], grown)
 
     def _change(self, stage: PlannedStage, status: StageStatus) -> None:
         self._statuses[stage.index] = status
@@ -606,8 +521,14 @@ class Session:
         found = (quantizing.on_grid(target, matrix) for quantizing in self._quantizing.values())
         return next((on_grid for on_grid in found if on_grid is not None), None)
 
-    def _swap(self, target: Target, step: swapping.Step, transform: swapping.Transform) -> None:
-        swapping.swap(self._model, target, step, transform)
+    def _swap(
+        self,
+        target: Target,
+        step: swapping.Step,
+        transform: swapping.Transform,
+        product: swapping.Product | None,
+    ) -> None:
+        swapping.swap(self._model, target, step, transform, product)
         self._swapped[target.parameter] = target
 
     def _unswap(self) -> None:

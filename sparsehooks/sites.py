@@ -107,7 +107,7 @@ def take(module: nn.Module) -> Site | None:
         return None
     swapped: Any = module
     cls, effective = own(swapped)
-    original: Any = inner(cls)
+    original: Any = swapping.inner(cls)
     site = module._sparsehooks_site
     swapped.__class__ = swapping.effective_class(original) if effective else original
     del swapped._sparsehooks_site
@@ -118,12 +118,7 @@ def own(module: nn.Module) -> tuple[type[nn.Module], bool]:
     """The module's class without an effective weight, and whether it has one."""
     cls = type(module)
     effective = issubclass(cls, swapping.EffectiveWeight)
-    return (cls.__mro__[2] if effective else cls), effective
-
-
-def inner(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that was swapped: what follows the two mixins."""
-    return cls.__mro__[3]
+    return (swapping.inner(cls) if effective else cls), effective
 
 
 def replace(model: nn.Module, module: nn.Module, site: Site) -> bool:

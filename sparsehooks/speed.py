@@ -10,13 +10,14 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsehooks.artifact.atomic import atomic_file
 
 BLOCK = 2e-3
 """Seconds of each timing, at least: so many calls in a row."""
@@ -95,12 +96,8 @@ class Speeds:
         merged = _read()
         for here, speeds in self._new.items():
             merged.setdefault(here, {}).update(speeds)
-        with contextlib.suppress(OSError, RuntimeError):
-            path = _path()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(merged, file, indent=0)
-            Path(file.name).replace(path)
+        with contextlib.suppress(OSError, RuntimeError), atomic_file(_path()) as file:
+            file.write_text(json.dumps(merged, indent=0), encoding="utf-8")
 
 
 def _path() -> Path:

@@ -54,6 +54,8 @@ Step = Literal["mask", "quantize"]
 """What can happen to a weight on its way into a layer's computation, in this order."""
 Transform = Callable[[Tensor, bool], Tensor]
 """A matrix, and whether its layer is in training mode, to the matrix that counts; differentiable."""
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What takes the place of ``F.linear(inputs, matrix, bias)``."""
 
 
 class EffectiveWeight:
@@ -61,6 +63,7 @@ class EffectiveWeight:
 
     _sparsehooks_transforms: dict[Step, Transform]
     _sparsehooks_target: Target
+    _sparsehooks_product: Product | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """The layer's forward with the effective weight."""
@@ -72,6 +75,8 @@ class EffectiveWeight:
         for step in get_args(Step):
             if step in self._sparsehooks_transforms:
                 matrix = self._sparsehooks_transforms[step](matrix, self.training)  # type: ignore[attr-defined]
+        if self._sparsehooks_product is not None:
+            return self._sparsehooks_product(input, matrix, self.bias)  # type: ignore[attr-defined]
         weight = target.restore(matrix)
         base = _base(type(self))  # type: ignore[arg-type]
         assert base is not None
@@ -102,8 +107,26 @@ def unsupported(model: nn.Module, targets: Iterable[Target]) -> list[str]:
     return problems
 
 
-def swap(model: nn.Module, target: Target, step: Step, transform: Transform) -> None:
-    """Let the target's modules compute with the weight that the transform makes of theirs."""
+def no_product(model: nn.Module, targets: Iterable[Target]) -> list[str]:
+    """The modules among the targets in whose place no backend can multiply, in one sentence each."""
+    return [
+        f"no backend runs '{name}', which is a {type(model.get_submodule(name)).__name__}; exclude it"
+        for target in targets
+        for name in target.modules
+        if not isinstance(model.get_submodule(name), (nn.Linear, Conv1D))
+    ]
+
+
+def swap(model: nn.Module, target: Target, step: Step, transform: Transform, product: Product | None = None) -> None:
+    """Let the target's modules compute with the weight that the transform makes of theirs.
+
+    Args:
+        model: whose modules they are.
+        target: the weight.
+        step: which of the steps on its way the transform is.
+        transform: see ``Transform``.
+        product: what multiplies then, for layers in which ``no_product`` sees no problem; torch if it is left out.
+    """
     for name in target.modules:
         module: Any = model.get_submodule(name)
         if not isinstance(module, EffectiveWeight):
@@ -111,6 +134,8 @@ def swap(model: nn.Module, target: Target, step: Step, transform: Transform) -> 
             module._sparsehooks_transforms = {}
             module._sparsehooks_target = target
         module._sparsehooks_transforms[step] = transform
+        if product is not None:
+            module._sparsehooks_product = product
 
 
 def entering(model: nn.Module, target: Target, step: Step) -> Tensor:
@@ -129,14 +154,20 @@ def unswap(model: nn.Module, target: Target) -> None:
     for name in target.modules:
         module: Any = model.get_submodule(name)
         if isinstance(module, EffectiveWeight):
-            module.__class__ = type(module).__mro__[2]
+            module.__class__ = inner(type(module))
             del module._sparsehooks_transforms, module._sparsehooks_target
+            vars(module).pop("_sparsehooks_product", None)
 
 
 @functools.cache
 def effective_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a layer's class that computes with effective weights."""
     return type(f"Effective{cls.__name__}", (EffectiveWeight, cls), {})
+
+
+def inner(cls: type[Any]) -> type[Any]:
+    """The class that a swap made another of: the last base, behind the mixin."""
+    return cls.__bases__[-1]
 
 
 def _base(cls: type[nn.Module]) -> type[nn.Module] | None:

@@ -95,8 +95,14 @@ def find(model: nn.Module, patterns: Iterable[str], exclude: Iterable[str]) -> t
         classes = sorted({type(modules[name]).__name__ for names in owners.values() for name in names})
         why = f": {notes[0]}" if notes else ""
         raise RecipeError(f"no weight is left{why}; the model has weights in {', '.join(classes)}")
-    idle = [pattern for pattern in exclude if not _matching(modules, [pattern])]
-    return targets, notes + [f"'exclude' names '{pattern}', which matches no module" for pattern in idle]
+    return targets, notes + idle(model, exclude)
+
+
+def idle(model: nn.Module, exclude: Iterable[str]) -> list[str]:
+    """A note on each pattern that excludes nothing."""
+    modules = dict(model.named_modules())
+    unmatched = [pattern for pattern in exclude if not _matching(modules, [pattern])]
+    return [f"'exclude' names '{pattern}', which matches no module" for pattern in unmatched]
 
 
 def first_match(model: nn.Module, target: Target, patterns: Iterable[str]) -> str | None:

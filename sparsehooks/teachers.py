@@ -20,6 +20,7 @@ from sparsehooks.components import Need
 from sparsehooks.distributed import once
 from sparsehooks.errors import SessionError
 from sparsehooks.outputs import Outputs
+from sparsehooks.padding import is_encoder_decoder
 from sparsehooks.samples import raw_bytes
 from sparsehooks.sharding import is_sharded, whole_copy, whole_state
 from sparsehooks.teacher_cache import TeacherCache
@@ -67,7 +68,7 @@ class Teacher:
         self._home = next(student.parameters()).device
         mine, theirs = dict(model.named_parameters()), dict(student.named_parameters())
         self._shared = [(mine[name], theirs[name]) for name in shared]
-        divided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        divided = is_encoder_decoder(model)
         self._cache = None if cache is None else TeacherCache(cache, teacher_digest(model), pads=not divided)
         self._idle = 0
         parameters = inspect.signature(model.forward).parameters

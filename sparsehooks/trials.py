@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsehooks.accelerated import Engine, Lane, bare, choose, original, swap, unswap
+from sparsehooks.accelerated import Engine, Group, Lane, bare, choose, original, swap, unswap
 from sparsehooks.catalog import Record
 from sparsehooks.components import Backend, Support
 from sparsehooks.sharding import is_sharded
@@ -45,6 +45,8 @@ class Verdict:
         shape: of the weight, (outputs, inputs) of a Linear.
         dtype: of the weight.
         sparsity: the share of zeros in it.
+        input: the component that zeroes or rounds what enters the layer, if the model has one. Torch's layer, which the
+            others are compared with, does so too, and is slower than ``F.linear``.
         lanes: (most, backend): who runs inputs of up to so many tokens, in ascending order; None is torch.
         speeds: for each number of tokens that was timed: how many times as fast as torch's layer each backend is.
         reasons: why others do not run the layer, by the name of the backend.
@@ -53,6 +55,7 @@ class Verdict:
     shape: tuple[int, ...]
     dtype: str
     sparsity: float
+    input: str = ""
     lanes: tuple[Lane, ...] = ()
     speeds: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -72,7 +75,7 @@ class Trial:
         layer: not swapped.
         candidates: the backends by name.
         speeds: what is known, and remembers.
-        timed: whether backends that round are left out where the model does not round.
+        group: of the layers of its model.
         unfit: why none may run it, if that is known.
     """
 
@@ -83,8 +86,8 @@ class Trial:
         layer: nn.Module,
         candidates: Mapping[str, Candidate],
         speeds: Speeds,
+        group: Group,
         *,
-        timed: bool,
         unfit: str | None = None,
     ) -> None:
         self._layer: Any = layer
@@ -95,19 +98,16 @@ class Trial:
         self._sparsity = 0.0 if unfit else 1 - int(self._weight.count_nonzero()) / self._weight.numel()
         site = vars(layer).get("_sparsehooks_site")
         self._site = "" if site is None else site.use
-        rounds = site is not None and site.component.rounds
         supports = self._supports = dict[str, Support]()
         if unfit is not None:
             self._reasons = dict.fromkeys(candidates, unfit)
             return
         for key, (_, backend) in candidates.items():
             with self._failing(key):
-                supports[key] = backend.supports(bare(layer), self._weight.device)
+                supports[key] = group.supports(backend, layer)
                 if not supports[key].ok:
                     self._reasons[key] = supports[key].reason
-                elif timed and not supports[key].exact and not rounds:
-                    self._reasons[key] = "it rounds what the model does not round; name it to use it all the same"
-        swap(layer, name, {key: candidate.backend for key, candidate in candidates.items()}, ())
+        swap(layer, name, {key: candidate.backend for key, candidate in candidates.items()}, (), group)
         self._engine = cast(Engine, layer._sparsehooks_engine)
         for key in self._usable():
             with self._failing(key):
@@ -218,7 +218,8 @@ class Trial:
         else:
             unswap(self._layer)
         dtype = str(self._weight.dtype).removeprefix("torch.")
-        return Verdict(tuple(self._weight.shape), dtype, self._sparsity, tuple(lanes), speeds, self._reasons)
+        shape = tuple(self._weight.shape)
+        return Verdict(shape, dtype, self._sparsity, self._site, tuple(lanes), speeds, self._reasons)
 
 
 def fastest(speeds: Mapping[int, Mapping[str, float]]) -> list[Lane]:

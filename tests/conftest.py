@@ -33,3 +33,11 @@ def _own_environment(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"cache{next(_TESTS)}"))
     for name in ("SPARSEHOOKS_PLUGINS", "SPARSEHOOKS_DISABLE_PLUGIN_AUTOLOAD"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    """Accelerate keeps the precision of its first Accelerator for the whole process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

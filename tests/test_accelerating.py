@@ -186,6 +186,43 @@ def test_what_became_of_a_layer_may_not_suit_its_backend():
     assert len(model[0]._sparsehooks_engine.backends["single"].runs) == runs + 1
 
 
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+def test_what_is_true_of_many_layers_is_said_once(copied):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).eval()
+    accelerate_model(model, "single", plugins=offering(single=Single))
+    model = copied(model).double()
+    with pytest.warns(UserWarning, match="float64; so may 2 more of the layers that it ran$") as said:
+        model(INPUTS.double())
+    assert len(said) == 1
+
+
+class Half(Plain):
+    """Rounds what is no bfloat16."""
+
+    def supports(self, layer, device):
+        return Support(ok=True, exact=layer.weight.dtype == torch.bfloat16)
+
+    def run(self, packed, input):  # noqa: A002
+        self.runs.append(len(input))
+        return F.linear(input.bfloat16(), *(part.bfloat16() for part in packed)).to(input.dtype)
+
+
+def test_a_backend_that_begins_to_round_ends(clock):
+    """Unless it was named, or the model rounds there."""
+    clock["half"] = 2.0
+    model, plugins = small().bfloat16(), offering(half=Half)
+    compress(model, {"stage": [{"activation": "int8", "targets": ["2"]}]})
+    assert accelerate_model(model, plugins=plugins).stays == {}
+    with pytest.warns(UserWarning, match="'0' runs dense, no longer by 'half': it rounds what the model does not"):
+        model.float()(INPUTS)
+    runs = model[2]._sparsehooks_engine.backends["half"].runs
+    runs.clear()
+    model(INPUTS)
+    assert len(runs) == 1
+    accelerate_model(model.bfloat16(), "half", plugins=plugins)
+    model.float()(INPUTS)
+
+
 def test_no_gradient_comes_through_it():
     model = small()
     accelerate_model(model, "plain", targets=["0"], plugins=offering(plain=Plain))
@@ -222,6 +259,26 @@ def test_it_compiles_as_a_whole(name, compiler):
         found.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")  # as above
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_is_torchs_alone(tmp_path, strict):
+    """It takes any number of items, and runs where nobody has heard of the backend."""
+    model = small()
+    compress(model, {"stage": [{"quantize": "int8"}, {"activation": "int8"}]})
+    dense = copy.deepcopy(model)
+    accelerate_model(model, "int8")
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        torch.export.save(
+            torch.export.export(model, (INPUTS,), dynamic_shapes=batch, strict=strict), tmp_path / "model.pt2"
+        )
+        program = torch.export.load(tmp_path / "model.pt2")
+        assert not any("sparsehooks" in str(node.target) for node in program.graph.nodes)
+        for inputs in (INPUTS, torch.cat([INPUTS, INPUTS + 1])):
+            assert torch.equal(program.module()(inputs), dense(inputs))
+    assert isinstance(model[0], Accelerated)
+
+
 def test_a_threshold_stays_under_inference_mode_too():
     model = tiny_bert().eval()
     compress(model, {"stage": [{"activation": "teal", "sparsity": 0.5}]}, calibration=[batch()])
@@ -241,6 +298,20 @@ def test_bad_inputs_get_torchs_own_error():
 
 
 # ------------------------------------------------------------------------------------------------------- who may run it
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_torchs(layout):
+    model = small()
+    dense = copy.deepcopy(model)
+    accelerate_model(model, "plain", plugins=offering(plain=Plain))
+    runs = model[0]._sparsehooks_engine.backends["plain"].runs
+    runs.clear()
+    nested = torch.nested.nested_tensor([INPUTS[0], INPUTS[1, :3]], layout=layout)
+    for found, expected in zip(model(nested).unbind(), dense(nested).unbind(), strict=True):
+        assert torch.equal(found, expected)
+    assert not runs
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
@@ -448,7 +519,23 @@ def test_what_cannot_be_meant_is_refused():
         accelerate_model(model, example={"text": "words"})
     with pytest.raises(SessionError, match="example: batch 0 does not fit the model's forward"):
         accelerate_model(model, example={"ids": INPUTS})
+    for unfit in (INPUTS[..., 1:], torch.tensor(1.0)):
+        with pytest.raises(SessionError, match="example: the model cannot run on it: "):
+            accelerate_model(model, example=unfit)
+    with pytest.raises(PlanError, match="takes the name of a backend, or 'auto', not None"):
+        accelerate_model(model, None)
+    with pytest.raises(PlanError, match="takes a list of layers as 'exclude', not '0'"):
+        accelerate_model(model, exclude="0")
+    with pytest.raises(PlanError, match="takes a list of layers as 'targets', not None"):
+        accelerate_model(model, targets=None)
     assert type(model[0]) is nn.Linear
+
+
+def test_what_excludes_nothing_is_said():
+    with pytest.warns(UserWarning, match=r"'exclude' names 'clasifier', which matches no module") as said:
+        verdicts = accelerate_model(small(), "plain", exclude=["0", "clasifier"], plugins=offering(plain=Plain))
+    assert list(verdicts) == ["2"]
+    assert said[0].filename == __file__
 
 
 def test_a_run_and_a_backend_exclude_each_other():
@@ -641,6 +728,12 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache, monkeypatch):
     assert accelerate_model(small(), plugins=offering(plain=Plain)).stays == {}
 
 
+def test_a_cache_that_cannot_be_replaced_leaves_nothing_behind(cache):
+    (cache / "a folder in its place").mkdir(parents=True)
+    accelerate_model(small(), plugins=offering(plain=Plain))
+    assert list(cache.parent.iterdir()) == [cache]
+
+
 def test_two_processes_add_to_one_cache(cache):
     device = torch.device("cpu")
     one, two = Speeds.load(), Speeds.load()
@@ -670,6 +763,10 @@ def test_an_opened_model_is_accelerated_as_its_config_says(tmp_path):
     opened.save_pretrained(tmp_path / "b")
     again = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
     assert again["backend"] == "int8"
+    restore_model(opened)
+    save_pretrained(opened, tmp_path / "c", backend="dense")
+    assert "backend" not in json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]
+    assert not any(isinstance(layer, Accelerated) for layer in AutoModel.from_pretrained(tmp_path / "c").modules())
     worked_on = compress(tmp_path / "a", {"stage": [{"prune": "magnitude", "sparsity": 0.5}]})
     assert not any(isinstance(layer, Accelerated) for layer in worked_on.modules())
 
@@ -682,12 +779,20 @@ def test_a_module_without_a_config_cannot_ask_for_a_backend(tmp_path):
 
 def test_a_backend_that_is_not_here_leaves_the_layers_to_torch(tmp_path):
     model = tiny_bert().eval()
-    save_pretrained(model, tmp_path / "a", backend="warp")
+    for name, hint in (("warp", "known: dense, "), ("int9", r"did you mean 'int8'\?")):
+        with pytest.raises(
+            PluginError, match=f"no plugin offers the backend '{name}'; {hint}.*install the package that brings it"
+        ):
+            save_pretrained(model, tmp_path / "a", backend=name)
+    assert not (tmp_path / "a").exists()
+    save_pretrained(model, tmp_path / "a", backend="int8")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["quantization_config"]["backend"] = "warp"  # of a plugin that is there where it was saved
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="asks for the backend 'warp', torch runs the layers: no plugin offers"):
         opened = AutoModel.from_pretrained(tmp_path / "a")
     with torch.no_grad():
         assert torch.equal(opened(**batch())[0], model(**batch())[0])
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
     config["quantization_config"]["backend"] = ["warp"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="'backend' must be the name of one"):

@@ -109,18 +109,86 @@ def test_a_ramp_towards_n_of_m_takes_the_groups_that_lose_least_first(n, m):
             assert sum(values) in (n, m)
 
 
+def both_ways(tile, n):
+    """N of each row and column of a tile, by the definition; and whether something had to give way."""
+    m = len(tile)
+    kept = [[False] * m for _ in range(m)]
+
+    def room(row, column):
+        return sum(kept[row]) < n and sum(kept[other][column] for other in range(m)) < n
+
+    places = list(itertools.product(range(m), range(m)))
+    for row, column in sorted(places, key=lambda place: -tile[place[0]][place[1]]):
+        kept[row][column] = room(row, column)
+    greedy = sum(map(sum, kept)) == n * m
+    while sum(map(sum, kept)) < n * m:
+        short = next(row for row in range(m) if sum(kept[row]) < n)
+        narrow = next(column for column in range(m) if sum(kept[row][column] for row in range(m)) < n)
+        free = [(a, b) for a, b in places if kept[a][b] and not kept[short][b] and not kept[a][narrow]]
+        gains = [tile[short][b] + tile[a][narrow] - tile[a][b] for a, b in free]
+        row, column = free[gains.index(max(gains))]
+        kept[row][column], kept[short][column], kept[row][narrow] = False, True, True
+    return torch.tensor(kept), greedy
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize("kind", ["random", "tied", "equal", "bf16"])
+def test_transposable_masks_are_n_of_m_both_ways(n, m, kind):
+    score = randn(16, 48).mul(64).round().abs()  # whole numbers: their sums are exact
+    score = {
+        "random": score,
+        "tied": score.div(32).round(),
+        "equal": torch.ones_like(score),
+        "bf16": score.bfloat16(),
+    }[kind]
+    mask = mask_of(NOfM(NOfM.Config(n, m, transposable=True)), score, 0)
+    assert bool((mask.reshape(-1, m).sum(dim=1) == n).all())
+    assert bool((mask.t().reshape(-1, m).sum(dim=1) == n).all())
+    stuck = 0
+    for top, left in itertools.product(range(0, 16, m), range(0, 48, m)):
+        tile = slice(top, top + m), slice(left, left + m)
+        expected, greedy = both_ways(score[tile].tolist(), n)
+        assert torch.equal(mask[tile], expected)
+        stuck += not greedy
+    if n == 1:
+        assert not stuck, "one weight each always finds room"
+    elif kind == "random":
+        assert stuck, "what has to give way is tried"
+
+
+def test_a_ramp_towards_transposable_masks_takes_the_tiles_that_lose_least_first():
+    pattern, score = NOfM(NOfM.Config(transposable=True)), randn(8, 24).abs()
+    full = score.masked_fill(mask_of(pattern, score, 0), 0).reshape(2, 4, 6, 4).sum(dim=(1, 3)).flatten()
+    order = full.argsort().tolist()
+    for keep in range(13):
+        tiles = mask_of(pattern, score, keep).reshape(2, 4, 6, 4).sum(dim=(1, 3)).flatten()
+        assert [index for index, kept in enumerate(tiles) if kept == 8] == sorted(order[: 12 - keep])
+        assert bool(((tiles == 8) | (tiles == 16)).all())
+
+
+def test_transposable_masks_refuse_what_does_not_fit():
+    pattern = NOfM(NOfM.Config(transposable=True))
+    assert pattern.check((8, 12)) is None
+    assert pattern.check((8, 10)) == "its 10 input features do not divide by 4"
+    assert pattern.check((10, 8)) == "its 10 output features do not divide by 4"
+    with pytest.raises(ValueError, match="'permute' looks for what keeps most along rows alone"):
+        NOfM.Config(permute=True, transposable=True)
+
+
+@pytest.mark.parametrize("transposable", [False, True])
 @pytest.mark.parametrize("moving", [False, True])
-def test_the_masks_of_a_ramp_are_nested(moving):
+def test_the_masks_of_a_ramp_are_nested(moving, transposable):
     """What went scores minus infinity from then on; the other weights go on training."""
-    pattern, mask = NOfM(), torch.ones(6, 24, dtype=torch.bool)
-    for step in range(37):
-        score = randn(6, 24, seed=step if moving else 0).abs().masked_fill(~mask, -math.inf)
-        after = mask_of(pattern, score, 36 - step)
+    pattern, mask = NOfM(NOfM.Config(transposable=transposable)), torch.ones(8, 24, dtype=torch.bool)
+    units, size = (12, 16) if transposable else (48, 4)
+    for step in range(units + 1):
+        score = randn(8, 24, seed=step if moving else 0).abs().masked_fill(~mask, -math.inf)
+        after = mask_of(pattern, score, units - step)
         assert bool((after <= mask).all())
-        thinned = (after.reshape(-1, 4).sum(dim=1) == 2).sum()
-        assert thinned == step
+        assert int((~after).sum()) == step * size // 2
         mask = after
-    assert torch.equal(mask.reshape(-1, 4).sum(dim=1), torch.full((36,), 2))
+    assert torch.equal(mask.reshape(-1, 4).sum(dim=1), torch.full((48,), 2))
+    assert torch.equal(mask.t().reshape(-1, 4).sum(dim=1), torch.full((48,), 2)) or not transposable
 
 
 def test_sums_of_bfloat16_scores_are_not_rounded_to_it():

@@ -243,4 +243,20 @@ def test_bench_times_every_layer(folder, inside):
     shown = inside("bench", folder / "sparse").out
     assert "128 tokens" in shown
     assert "int8, 13 of 13 layers: it rounds what the model does not round; name it to use it all the same" in shown
+    assert "\nnot tried, so dense: 3 Embedding\n" in shown
+    assert "F.linear" not in shown
     assert "the model cannot go to 'warp'" in inside("bench", folder / "sparse", "--device", "warp", status=2).err
+
+
+def test_bench_takes_targets_and_says_what_it_compares_with(folder, inside, tmp_path):
+    library.compress(tiny_bert(), {"stage": [{"activation": "int8", "exclude": ["*pooler*"]}]}, tmp_path / "coarse")
+    arguments = ("bench", tmp_path / "coarse", "--targets", "*query", "--targets", "*pooler*", "--exclude", "*layer.1*")
+    shown = inside(*arguments, "--exclude", "classifier")
+    assert shown.err.endswith("warning: 'exclude' names 'classifier', which matches no module\n")
+    assert "\n1 of 2 layers: beside torch's layer with the model's int8 inputs, which torch simulates" in shown.out
+    assert "\nnot tried, so dense: 3 Embedding, 11 Linear\n" in shown.out
+    layers = json.loads(inside(*arguments, "--json").out)["layers"]
+    assert {name: layer["input"] for name, layer in layers.items()} == {
+        "encoder.layer.0.attention.self.query": "int8",
+        "pooler.dense": "",
+    }

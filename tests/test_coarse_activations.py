@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import arguments, labelled, tiny_bert, tiny_classifier
+from helpers import arguments, labelled, tiny_bert, tiny_classifier, tiny_llama
 from torch import nn
-from transformers import AutoModel, Trainer
+from transformers import AutoModel, AutoModelForCausalLM, Trainer
 
 import sparsehooks
-from sparsehooks import CompressionCallback, PlanError, SessionError, compress
+from sparsehooks import ArtifactError, CompressionCallback, PlanError, SessionError, compress
 from sparsehooks.builtin.activations.quantized import (
     Dynamic,
     DynamicOptions,
@@ -138,6 +138,13 @@ def test_a_model_opens_with_its_grids(tmp_path, use):
     assert torch.equal(opened(**batches(1)[0])[0], ours)
     assert 0 < float((ours - before).detach().abs().max()) < (0.05 if use != "static" else 1)
     assert type(opened.encoder.layer[0].output.dense).__name__ == "SparseLinear"
+
+
+def test_a_model_with_grids_opens_as_what_it_was_saved(tmp_path):
+    compress(tiny_llama(), {"stage": [{"activation": "int8"}]}, tmp_path / "out")
+    assert recorded(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    with pytest.raises(ArtifactError, match="; it was saved as LlamaForCausalLM, open it with that class and not with"):
+        AutoModel.from_pretrained(tmp_path / "out")
 
 
 def test_a_static_grid_needs_data():

@@ -76,6 +76,25 @@ def test_all_mistakes_of_one_stage_are_reported():
     ]
 
 
+@pytest.mark.parametrize(
+    ("stage", "unknown", "who"),
+    [
+        (prune(prune="movement"), [], "'movement' brings weights back by itself"),
+        (prune(schedule="feedback", pattern="bloc"), ["pattern"], "'feedback' brings weights back by itself"),
+        (
+            prune(prune="movment", pattern="2:4", schedule="cubik"),
+            ["prune", "schedule"],
+            "the pattern '2:4' fixes what stays",
+        ),
+    ],
+)
+def test_what_must_not_grow_is_reported_beside_all_else(stage, unknown, who):
+    quantize, *others, grow = problems([{"quantize": "int9x"}, {**stage, "grow": "random"}])
+    assert quantize.startswith("recipe.stage[0].quantize: no plugin offers")
+    assert [problem.split(":")[0] for problem in others] == [f"recipe.stage[1].{key}" for key in unknown]
+    assert grow == f"recipe.stage[1].grow: {who}; leave 'grow' out"
+
+
 def test_without_a_model_the_names_and_options_are_checked():
     plan = build([prune(targets=["Liner"]), {"quantize": "int8"}, {"distill": "kl"}])
     assert [(stage.label, stage.targets) for stage in plan.stages] == [

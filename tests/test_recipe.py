@@ -91,6 +91,14 @@ WRONG = [
         )
         for value in (1.0, 1, -0.1, 80, float("nan"))
     ),
+    (
+        {"stage": [{**PRUNE, "overrides": {"0": 1.0}}]},
+        f"{STAGE}: 'overrides' gives '0' the sparsity 1.0, which is outside [0, 1)",
+    ),
+    (
+        {"stage": [{**PRUNE, "overrides": {"re:*": 0.1}}]},
+        f"{STAGE}: 'overrides' has 're:*', which is not a regular expression: nothing to repeat at position 0",
+    ),
     *(
         (
             {"stage": [{"distill": "kl", "weight": value}]},

@@ -91,6 +91,7 @@ class Emulated:
         monkeypatch.setattr(torch, "_sparse_semi_structured_mm", self._mm)
         monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", self._addmm)
         monkeypatch.setattr(semi_structured, "_unable", lambda _, real=semi_structured._unable: real(GPU))
+        monkeypatch.setattr(semi_structured, "_ALGORITHMS", {})
         semi_structured._failure.cache_clear()
         self.device = torch.device("cpu")
 
@@ -99,10 +100,12 @@ class Emulated:
         assert not weight.shape[0] % multiple
         assert not weight.shape[1] % multiple
         assert not torch.signbit(weight[weight == 0]).any(), "-0.0 was seen to give garbage"
+        assert weight.is_contiguous()
         return weight
 
     def _cslt_sparse_mm(self, packed, columns, bias=None, out_dtype=None, transpose_result=False, alg_id=0):
         assert not columns.shape[1] % (16 if packed.dtype == torch.int8 else 8)
+        assert columns.t().is_contiguous()
         self.algorithms.append(alg_id)
         found = self._dense(packed, columns, bias, out_dtype)
         return found.t().contiguous() if transpose_result else found
@@ -157,6 +160,20 @@ def test_every_shape_is_padded_and_cut(monkeypatch, library, shape, dtype):
             torch.testing.assert_close(found, layer(inputs), atol=0.5, rtol=1e-2)
     assert set(emulated.algorithms) == ({0, 7} if library is CUSPARSELT else set())
     assert emulated.searched == (2 if library is CUSPARSELT else 0)
+
+
+@torch.no_grad()
+def test_rows_that_do_not_follow_one_another_are_copied(monkeypatch):
+    """``_cslt_sparse_mm`` reads rows or columns that do, and asks for no strides."""
+    Emulated(monkeypatch)
+    layer, backend = layer_of(matrix(32, 64, torch.bfloat16) / 16), SemiStructured()
+    packed = backend.pack(layer)
+    wide = torch.randn(8, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for inputs in (wide[:, ::2], wide[:, 64:], wide[:1, :64].expand(8, 64), wide.t()[:64].t()):
+        torch.testing.assert_close(backend.run(packed, inputs), layer(inputs), atol=0.5, rtol=1e-2)
+    turned = layer_of(matrix(64, 32, torch.bfloat16).t().contiguous())
+    turned.weight.data = turned.weight.t().contiguous().t()
+    assert backend.pack(turned).values.is_contiguous()
 
 
 @pytest.mark.parametrize("library", [CUSPARSELT, CUTLASS])

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from helpers import (
     arguments,
     copied,
@@ -175,7 +174,6 @@ def test_images_enter_a_teacher_in_its_precision():
 
 def test_mixed_precision_leaves_the_teacher_exact():
     """Accelerate computes the student's forward in bfloat16; the teacher answers after it, in float32."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests have left one in full precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = tiny_classifier()
     twin = copy.deepcopy(model).eval()

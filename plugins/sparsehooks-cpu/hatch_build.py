@@ -56,10 +56,14 @@ def compile_kernels() -> str | None:
             if done.returncode == 0:
                 made.replace(out)
                 return None
-        out.unlink(missing_ok=True)
         return next((line for line in done.stderr.splitlines() if "error" in line), f"{compiler} failed")
 
     wanted = variants["of"](platform.machine())
     with ThreadPoolExecutor() as pool:
         problems = list(pool.map(build, wanted, [variant.flags for variant in wanted.values()]))
-    return problems[0] if all(problems) else None
+    if all(problems):
+        return problems[0]  # what was compiled before stays
+    for name, problem in zip(wanted, problems, strict=True):
+        if problem is not None:
+            (PACKAGE / variants["file"](name)).unlink(missing_ok=True)  # of another source
+    return None

@@ -184,7 +184,10 @@ class SparseHooksQuantizer(HfQuantizer):
         try:
             apply_activations(model, config.activations)
         except ValueError as error:
-            raise ArtifactError(f"{model.config.name_or_path!r}: config.json: {error}") from error
+            saved, here, hint = ", ".join(model.config.architectures or ()), type(model).__name__, ""
+            if isinstance(error.__cause__, AttributeError) and saved not in ("", here):
+                hint = f"; it was saved as {saved}, open it with that class and not with {here}"
+            raise ArtifactError(f"{model.config.name_or_path!r}: config.json: {error}{hint}") from error
         if config.backend is not None:
             _accelerate(model, config.backend)
         return model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsehooks.artifact.folder import check_level, encode_state_dict, new_folder
 from sparsehooks.components import Level
-from sparsehooks.errors import ArtifactError
+from sparsehooks.errors import ArtifactError, PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,12 +35,14 @@ def save_pretrained(
         level: how much work saving may put into a smaller file: "fast", "balanced" or "small". All open alike.
         signed_zeros: keep -0.0, which otherwise becomes +0.0 in the tensors that are encoded.
         backend: what shall run the layers of a transformers model once it is opened, such as "auto": see
-            ``accelerate_model``. What it says stays until another is given; None is torch.
+            ``accelerate_model``. It is kept when the opened model is saved again, until another is given; "dense" takes
+            it out.
         options: passed on to the model's own ``save_pretrained`` (``max_shard_size``, ...).
 
     Raises:
         ArtifactError: if the level or an option does not exist, a weight is still a pair of torch.nn.utils.prune, or
             the folder holds something else or cannot be written.
+        PluginError: if no installed plugin offers the backend.
     """
     from sparsehooks.distributed import once
     from sparsehooks.sharding import is_sharded, whole_state
@@ -48,6 +50,7 @@ def save_pretrained(
     check_level(level)
     if not hasattr(model, "state_dict"):
         raise ArtifactError(f"save_pretrained takes a module, not a {type(model).__name__}")
+    _check_backend(backend)
     options["backend"] = backend
     if options.get("push_to_hub"):
         options.setdefault("repo_id", Path(folder).name)  # transformers would take the name of the temporary folder
@@ -57,6 +60,19 @@ def save_pretrained(
     else:
         _write_folder(model, folder, level, signed_zeros, options)
     return Path(folder)
+
+
+def _check_backend(backend: str | None) -> None:
+    """Whether whoever opens the model can find the backend."""
+    from sparsehooks.accelerating import AUTO
+    from sparsehooks.plugins import installed_catalog
+
+    if backend in (None, AUTO):
+        return
+    try:
+        installed_catalog().resolve("backend", str(backend))
+    except PluginError as error:
+        raise PluginError(f"{error} (install the package that brings it, or save '{AUTO}')") from error
 
 
 def _write_folder(
@@ -81,6 +97,7 @@ def write_model(
     from transformers import PreTrainedModel
 
     from sparsehooks.artifact.quantizer import SparseHooksConfig, arm, disarm
+    from sparsehooks.trials import DENSE
 
     if not isinstance(model, PreTrainedModel):
         if backend is not None:
@@ -93,7 +110,8 @@ def write_model(
         return
     config = disarm(model)
     written = config or SparseHooksConfig()
-    written.backend = backend or written.backend
+    if backend is not None:
+        written.backend = None if backend == DENSE else backend
     arm(model, written, level=level, signed_zeros=signed_zeros)
     try:
         model.save_pretrained(folder, state_dict=state_dict, **options)

@@ -10,12 +10,17 @@ import typer
 from sparsehooks.cli.options import Json, NoAutoload, PluginNames, load_plugins, print_json, print_table
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsehooks.accelerating import Verdicts
     from sparsehooks.trials import Verdict
 
 
 def run(
     model: Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.")],
     device: Annotated[str, typer.Option(help="Where it shall run, such as cuda.")] = "cpu",
+    targets: Annotated[list[str], typer.Option(help="Which layers, as in a recipe.", metavar="PATTERN")] = ["Linear"],  # noqa: B006
+    exclude: Annotated[list[str], typer.Option(help="Which of them not.", metavar="PATTERN")] = [],  # noqa: B006
     plugin: PluginNames = [],  # noqa: B006
     no_autoload: NoAutoload = False,
     json: Json = False,
@@ -31,14 +36,17 @@ def run(
         from sparsehooks.errors import SparseHooksError
         from sparsehooks.models import open_model
         from sparsehooks.speed import Speeds, machine
+        from sparsehooks.targets import idle
 
         opened = open_model(model)[0].eval()
         try:
             opened.to(device)
         except (RuntimeError, AssertionError) as error:
             raise SparseHooksError(f"the model cannot go to '{device}': {error}".splitlines()[0]) from error
-        verdicts = judge(opened, AUTO, Speeds(), plugins=manager)
+        verdicts = judge(opened, AUTO, Speeds(), targets=targets, exclude=exclude, plugins=manager)
         here = machine(torch.device(device))
+    for note in idle(opened, exclude):
+        typer.echo(f"warning: {note}", err=True)
     if json:
         print_json({"machine": here, "layers": verdicts.to_dict()})
         return
@@ -57,9 +65,29 @@ def run(
         ),
         right=("sparsity",),
     )
+    for use, layers in sorted(Counter(verdict.input for verdict in verdicts.values() if verdict.input).items()):
+        typer.echo(
+            f"{layers} of {len(verdicts)} layers: beside torch's layer with the model's {use} inputs, "
+            "which torch simulates and is slower than F.linear"
+        )
     reasons = Counter((key, why) for verdict in verdicts.values() for key, why in verdict.reasons.items())
     for (key, why), layers in sorted(reasons.items()):
         typer.echo(f"{key}, {layers} of {len(verdicts)} layers: {why}")
+    if others := _others(opened, verdicts):
+        typer.echo(f"not tried, so dense: {others}")
+
+
+def _others(model: nn.Module, verdicts: Verdicts) -> str:
+    """What else has a weight matrix: how many, by class."""
+    from sparsehooks.accelerated import bare
+
+    matrices = (
+        (name, module)
+        for name, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None and weight.dim() > 1
+    )
+    counts = Counter(type(bare(module)).__name__ for name, module in matrices if name not in verdicts)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def _cell(verdict: Verdict, tokens: int) -> str:

@@ -14,10 +14,18 @@ from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import add_loss_terms
 from sparsehooks.loops.steps import OptimizerSteps
-from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
+from sparsehooks.loops.wrappers import (
+    arm_all,
+    disarm_all,
+    refuse_deepspeed,
+    reset_compiled,
+    unwrapped,
+    unwrapped_optimizer,
+)
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
-from sparsehooks.session import KEY, Session
+from sparsehooks.resuming import step_in
+from sparsehooks.session import Session
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,7 +70,7 @@ def attach(
     """
     manager = as_manager(plugins)
     refuse_deepspeed(model, getattr(accelerator, "distributed_type", None))
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped_optimizer(optimizer)
     if isinstance(inner, torch.optim.LBFGS):
         raise SessionError(
             "LBFGS tries several weights within one step, where masks do not reach them; use another optimizer"
@@ -70,7 +78,7 @@ def attach(
     whole, model = model, unwrapped(model)
     session = Session.of(Recipe.of(recipe, manager), manager, model, total_steps)
     opened = disarm_all(model)
-    step = inner.param_groups[0].get(KEY, {}).get("step", 0)
+    step = step_in(inner)
     handles: list[Any] = []
     try:
         with session.aborting():

@@ -20,7 +20,7 @@ from sparsehooks.collecting import unsupported
 from sparsehooks.components import Activation, Criterion, Level, Need, Schedule
 from sparsehooks.errors import PlanError
 from sparsehooks.models import copy_companions, open_model
-from sparsehooks.plan import Plan, PlannedStage
+from sparsehooks.plan import Plan
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import (
     ActivationStage,
@@ -32,6 +32,7 @@ from sparsehooks.recipe import (
     Use,
 )
 from sparsehooks.session import Session
+from sparsehooks.stages import PlannedStage
 
 
 def compress(
@@ -176,5 +177,9 @@ def at_once(recipe: Recipe) -> Recipe:
     for index, stage in enumerate(stages):
         if isinstance(stage, PruneStage) and stage.grow is not None:
             warnings.warn(f"recipe.stage[{index}].grow: nothing grows where everything goes at once", stacklevel=3)
-    stages = tuple(replace(stage, grow=None) if isinstance(stage, PruneStage) else stage for stage in stages)
+        if isinstance(stage, PruneStage) and stage.backend is not None:
+            warnings.warn(f"recipe.stage[{index}].backend: nothing trains here; see accelerate_model", stacklevel=3)
+    stages = tuple(
+        replace(stage, grow=None, backend=None) if isinstance(stage, PruneStage) else stage for stage in stages
+    )
     return replace(recipe, stages=stages)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sparsehooks.loops.wrappers import unwrapped_optimizer
 from sparsehooks.session import Session
 from sparsehooks.sharding import local
 
@@ -74,7 +75,7 @@ class OptimizerSteps:
         def step_or_skip(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             self._stepped = False
             found = step(optimizer, *args, **kwargs)
-            if getattr(optimizer, "optimizer", optimizer) is self._optimizer and not self._stepped:
+            if unwrapped_optimizer(optimizer) is self._optimizer and not self._stepped:
                 self._ready()
                 self._session.after_step(skipped=True)
             return found

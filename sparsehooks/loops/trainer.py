@@ -16,10 +16,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparsehooks.errors import SessionError
 from sparsehooks.loops.checkpoints import read_state, write_state
 from sparsehooks.loops.forward import Handle, LossTerms, add_loss_terms
-from sparsehooks.loops.wrappers import arm_all, disarm_all, refuse_deepspeed, reset_compiled, unwrapped
+from sparsehooks.loops.wrappers import (
+    arm_all,
+    disarm_all,
+    refuse_deepspeed,
+    reset_compiled,
+    unwrapped,
+    unwrapped_optimizer,
+)
 from sparsehooks.plugins import PluginManager, as_manager
 from sparsehooks.recipe import Recipe
-from sparsehooks.session import Session, state_in
+from sparsehooks.resuming import state_in
+from sparsehooks.session import Session
 from sparsehooks.sharding import is_sharded
 
 
@@ -88,7 +96,7 @@ class CompressionCallback(TrainerCallback):
         with self._aborting():
             session.start(
                 model,
-                getattr(optimizer, "optimizer", optimizer),
+                unwrapped_optimizer(optimizer),
                 state.global_step,
                 state=self._beside_checkpoint(args, state, model),
                 folder=Path(args.output_dir or "."),

@@ -60,6 +60,12 @@ def _transformers(model: nn.Module) -> list[PreTrainedModel]:
     return found
 
 
+def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Torch's optimizer in what Accelerate has made of it."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
 def refuse_deepspeed(model: nn.Module, kind: Any = None) -> None:
     """Refuse what keeps the weights where masks cannot reach them.
 

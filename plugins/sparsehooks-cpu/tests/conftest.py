@@ -19,4 +19,6 @@ def pytest_configure():
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.compile_kernels()
+    problem = module.compile_kernels()
+    if built and problem:
+        raise pytest.UsageError(f"the kernels are older than their source: {problem}")

@@ -1,5 +1,6 @@
 """The backends as a user meets them."""
 
+import copy
 import logging
 import os
 import subprocess
@@ -110,17 +111,37 @@ def test_auto_times_the_exact_one():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize(("backend", "block"), [(Unstructured, 1), (Pair, 2), (Quad, 4)])
+def test_what_is_not_a_number_stays_none(backend, block, tokens):
+    if not able(backend):
+        pytest.skip(f"no {backend.feature}")
+    layer = bert(block, bits=block == 4).encoder.layer[0].output.dense
+    packed, used = backend().pack(layer), layer.weight[:, 5] != 0
+    for value in (torch.nan, torch.inf, -torch.inf):
+        inputs = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(0))
+        inputs[0, 5] = value
+        found = backend().run(packed, inputs)
+        assert used.any()
+        assert not found[0, used].isfinite().any()
+        assert found[1:].isfinite().all()
+        if backend is Quad:  # the token has no grid
+            assert found[0].isnan().all()
+
+
+@torch.no_grad()
 def test_compiled_and_exported():
     model = nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 8)).eval()
     sparsehooks.compress(model, {"stage": [{"prune": "magnitude", "sparsity": 0.7}]})
     sparsehooks.accelerate_model(model, "cpu_unstructured", plugins=PLUGINS)
     inputs = torch.randn(20, 48, generator=torch.Generator().manual_seed(0))
-    expected = model(inputs)
+    expected, restored = model(inputs), copy.deepcopy(model)
+    sparsehooks.restore_model(restored)
     for backend in ("eager", "aot_eager"):
         assert torch.equal(torch.compile(model, fullgraph=True, backend=backend)(inputs), expected)
         torch._dynamo.reset()
     exported = torch.export.export(model, (inputs,)).module()
-    assert torch.equal(exported(inputs), expected)
+    assert torch.equal(exported(inputs), restored(inputs)), "torch's layers go into the program"
 
 
 def test_what_it_does_not_take():
@@ -205,7 +226,7 @@ class TestLibrary:
         nn.init.zeros_(layer.weight)
         backend = Unstructured()
         packed = backend.pack(layer)
-        monkeypatch.setitem(module.library().kernels, "float32_float32", lambda *_: 0)
+        monkeypatch.setitem(module.library().kernels["float32"], torch.float32, lambda *_: 0)
         with pytest.raises(MemoryError, match="there is no memory for the inputs of 3 tokens"):
             backend.run(packed, torch.zeros(3, 8))
 

@@ -1,6 +1,7 @@
 """What pip gets where there is no compiler, and where there is one."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path, compiler, reason):
     assert not any(file.endswith(".so") for file in files)
     assert "sparsehooks-cpu has no kernels, so layers will run dense: " in said
     assert reason in said
+
+
+def test_a_compiler_that_fails_leaves_what_was_compiled(tmp_path, monkeypatch):
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns("*.so", "__pycache__", ".*"))
+    build = runpy.run_path(str(tmp_path / "source" / "hatch_build.py"))
+    old = build["PACKAGE"] / variants.file("generic")
+    old.write_text("compiled before")
+    monkeypatch.setenv("CXX", f"{sys.executable} -c exit(1)")
+    assert "failed" in build["compile_kernels"]()
+    assert [path.read_text() for path in build["PACKAGE"].glob("*.so")] == ["compiled before"]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")

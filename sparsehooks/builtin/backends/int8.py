@@ -18,7 +18,8 @@ class Int8(Backend):
     """Linear layers whose weights lie on a symmetric grid of at most 8 bits, multiplied as int8 (FBGEMM, oneDNN).
 
     What enters a layer is rounded to 8 bits, one grid for all its tokens; to 7 where the CPU adds products in 16 bits
-    (no VNNI), which would overflow.
+    (no VNNI), which would overflow. Inputs have to be finite: a NaN comes out as a finite number, and an infinity
+    spoils the outputs of all tokens (looking for them would take up to a fifth of the time of the product).
     """
 
     rounds_inputs = True

@@ -64,15 +64,21 @@ class SemiStructured(Backend):
     """2:4 weights in float16 or bfloat16 on GPUs with sparse tensor cores (Mishra et al. 2021, arXiv:2104.08378).
 
     By cuSPARSELt or, on compute capability 8.x without it, CUTLASS. The operations of torch.sparse drop what is off the
-    pattern without a word, so the weight is checked first.
+    pattern without a word, so the weight is checked first. It trains, too: with masks that are 2:4 both ways, the
+    backward product is sparse as well (Hubara et al. 2021, arXiv:2102.08124).
     """
+
+    trains = True
 
     def supports(self, layer: nn.Linear, device: torch.device) -> Support:
         """Yes on compute capability 8.0 and above, for a 2:4 weight, if a small product comes out right."""
         if (why := _unable(device)) is not None:
             return Support(ok=False, reason=why)
         if layer.weight.dtype not in (torch.float16, torch.bfloat16):
-            return Support(ok=False, reason=f"its weight is {layer.weight.dtype}; load it as float16 or bfloat16")
+            return Support(
+                ok=False,
+                reason=f"its weight is {layer.weight.dtype}; load it as float16 or bfloat16, or train under autocast",
+            )
         why = _failure(device, layer.weight.dtype) or _not_24(layer.weight)
         return Support(ok=why is None, reason=why or "")
 
@@ -83,8 +89,7 @@ class SemiStructured(Backend):
         if layer.bias is not None:
             height, _, _ = packed.library.multiples(layer.bias.dtype)
             bias = _padded(layer.bias.detach()[:, None], height, 1).flatten()
-        typical = layer.weight.new_zeros(TYPICAL, layer.in_features)
-        return tuned(packed._replace(bias=bias), typical)
+        return tuned(packed._replace(bias=bias), TYPICAL, layer.in_features)
 
     def run(self, packed: Packed, input: Tensor) -> Tensor:  # noqa: A002
         """Half of the products."""
@@ -114,8 +119,7 @@ class SemiStructuredInt8(Backend):
         codes = (layer.weight.detach().float() / grid["scales"]).round().to(torch.int8)
         scales = grid["scales"].float().flatten().expand(len(codes)).contiguous()
         bias = None if layer.bias is None else layer.bias.detach().float()
-        typical = codes.new_zeros(TYPICAL, layer.in_features)
-        return tuned(_pack(codes, _library()), typical), scales, bias
+        return tuned(_pack(codes, _library()), TYPICAL, layer.in_features), scales, bias
 
     def run(self, packed: tuple[Packed, Tensor, Tensor | None], input: Tensor) -> Tensor:  # noqa: A002
         """Whole products, scaled once."""
@@ -168,7 +172,8 @@ def _failure(device: torch.device, dtype: torch.dtype) -> str | None:
 def _pack(weight: Tensor, library: Library) -> Packed:
     height, width, _ = library.multiples(weight.dtype)
     rows = len(weight)
-    weight = _padded(torch.where(weight != 0, weight, 0), height, width)  # a negative zero was seen to give garbage
+    # a negative zero was seen to give garbage, and kernels take rows that follow one another
+    weight = _padded(torch.where(weight != 0, weight, 0).contiguous(), height, width)
     if library is CUSPARSELT:
         return Packed(library, torch._cslt_compress(weight), None, rows)
     values, positions = pack(weight)
@@ -187,7 +192,7 @@ def _multiply(packed: Packed, rows: Tensor) -> Tensor:
     if not tokens:
         return rows.new_zeros(0, packed.outputs, dtype=kind.get("out_dtype"))
     _, width, height = packed.library.multiples(rows.dtype)
-    columns = _padded(rows, height, width).t()
+    columns = _padded(rows, height, width).contiguous().t()
     if packed.positions is None:
         kind |= {"transpose_result": True, "alg_id": packed.algorithm}
         found = torch._cslt_sparse_mm(values, columns, bias=bias, **kind)
@@ -202,14 +207,24 @@ def _kind(dtype: torch.dtype) -> dict[str, Any]:
     return {"out_dtype": torch.int32} if dtype == torch.int8 else {}
 
 
-def tuned(packed: Packed, rows: Tensor) -> Packed:
-    """With cuSPARSELt's fastest algorithm for inputs like these, if it can tell."""
+_ALGORITHMS: dict[tuple[Any, ...], int] = {}
+
+
+def tuned(packed: Packed, tokens: int, inputs: int) -> Packed:
+    """With cuSPARSELt's fastest algorithm for so many tokens of so many inputs, if it can tell; searched once."""
     if packed.positions is not None:
         return packed
+    values = packed.values
+    key = values.shape, tokens, inputs, values.dtype, values.device, packed.bias is None
+    if key not in _ALGORITHMS:
+        _ALGORITHMS[key] = _search(packed, values.new_zeros(tokens, inputs))
+    return packed._replace(algorithm=_ALGORITHMS[key])
+
+
+def _search(packed: Packed, rows: Tensor) -> int:
     _, width, height = packed.library.multiples(rows.dtype)
     kind = {**_kind(rows.dtype), "transpose_result": True}
     with contextlib.suppress(RuntimeError, AttributeError):
         columns = _padded(rows, height, width).t()
-        best = torch._cslt_sparse_mm_search(packed.values, columns, bias=packed.bias, **kind)
-        return packed._replace(algorithm=int(best))
-    return packed
+        return int(torch._cslt_sparse_mm_search(packed.values, columns, bias=packed.bias, **kind))
+    return packed.algorithm

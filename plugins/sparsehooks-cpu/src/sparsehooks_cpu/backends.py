@@ -57,7 +57,8 @@ class _Sparse(Backend):
 class Unstructured(_Sparse):
     """Linear layers in float32, of which only the weights that are not zero are multiplied, wherever they are.
 
-    Outputs are those of the dense layer but for the order of sums: for any number of tokens, on any CPU.
+    Outputs are those of the dense layer but for the order of sums: for any number of tokens, on any CPU. What is not
+    finite does not reach outputs that have no weight for it; with few tokens an infinity may come out as NaN.
     """
 
     kernel = "float32"

@@ -139,8 +139,9 @@ struct Grid {
 };
 
 struct Float32 {
-  typedef float Number;               // of inputs and outputs
-  static constexpr int features = 1;  // of a unit
+  typedef float Number;                      // of inputs and outputs
+  static constexpr int features = 1;         // of a unit
+  static constexpr bool as_they_are = true;  // whether a token and its units have the same bits
 
   static Units multiply(Units sum, Units input, Units weight) {
     return (Units)((Floats)sum + (Floats)input * (Floats)weight);
@@ -165,6 +166,7 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 struct BFloat16Pairs : Float32 {
   static constexpr int features = 2;
+  static constexpr bool as_they_are = false;
 
   static Units multiply(Units sum, Units input, Units weight) {
     return (Units)_mm512_dpbf16_ps((__m512)sum, (__m512bh)input, (__m512bh)weight);
@@ -182,6 +184,7 @@ struct BFloat16Pairs : Float32 {
 // The same between layers that are in bfloat16 themselves.
 struct BFloat16Throughout : BFloat16Pairs {
   typedef uint16_t Number;
+  static constexpr bool as_they_are = true;
 
   static void encode(const uint16_t* input, int64_t count, uint32_t* units, Grid&) {
     std::memcpy(units, input, 2 * count);
@@ -193,6 +196,7 @@ struct BFloat16Throughout : BFloat16Pairs {
 struct Int8Quads {
   typedef float Number;
   static constexpr int features = 4;
+  static constexpr bool as_they_are = false;
 
   static Units multiply(Units sum, Units input, Units weight) {
     return (Units)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)input, (__m512i)weight);
@@ -263,6 +267,7 @@ void multiply_many(Tile tile, const uint32_t* inputs, uint32_t* sums, bool first
   constexpr int U = N == 1 ? 2 : 1;  // sums of each, as a single one would wait for the product before
   for (int slice = 0; slice < ROWS; slice += LANES) {
     int longest = tile.counts[slice];
+    if (!longest && !first) return;  // all others are empty
     for (int lane = 0; lane < LANES; lane++) {
       uint32_t* to = sums + (int64_t)tile.rows[slice + lane] * TOKENS;
       Units sum[U][N]{};
@@ -363,19 +368,33 @@ struct Product {
   // A part of the inputs of a block: tokens from `first`, at most LANES.
   void prepare(const Block& block, int first, uint32_t* scratch, Grid* grids) const {
     int count = std::clamp(block.count - first, 0, LANES);
+    int64_t token = block.token + first, done = 0;
+    if (Kernel::as_they_are && count == LANES && block.width) {
+      done = weights.in_features / Kernel::features / L * L;
+      const char* rows = (const char*)(inputs + token * weights.in_features);
+      turn(rows, weights.in_features * sizeof(Number), 0, done, block, first);
+    }
+    if (done == columns) return;
     uint32_t* rows = block.width ? scratch : block.inputs;
     for (int i = 0; i < count; i++) {
-      const Number* from = inputs + (block.token + first + i) * weights.in_features;
       std::memset(rows + (i + 1) * columns - PANEL, 0, 4 * PANEL);
-      Kernel::encode(from, weights.in_features, rows + i * columns, grids[block.token + first + i]);
+      const Number* from = inputs + (token + i) * weights.in_features;
+      Kernel::encode(from, weights.in_features, rows + i * columns, grids[token + i]);
     }
     if (!block.width) return;
     for (int i = count; i < LANES; i++) std::memset(rows + i * columns, 0, 4 * columns);
-    for (int64_t column = 0; column < columns; column += L)
+    turn((const char*)rows, 4 * columns, done, columns, block, first);
+  }
+
+  // LANES rows, so many bytes apart, become columns of a block, beside `first` others: units from `start` to `end`.
+  static void turn(const char* rows, int64_t bytes, int64_t start, int64_t end, const Block& block, int first) {
+    for (int64_t column = start; column < end; column += L)
       for (int i = 0; i < LANES; i += L) {
         Units square[L];
-        for (int j = 0; j < L; j++) square[j] = load<Units>(rows + (i + j) * columns + column);
+#pragma GCC unroll 16
+        for (int j = 0; j < L; j++) square[j] = load<Units>(rows + (i + j) * bytes + 4 * column);
         transpose(square);
+#pragma GCC unroll 16
         for (int j = 0; j < L; j++) store(block.inputs + (column + j) * block.width + first + i, square[j]);
       }
   }

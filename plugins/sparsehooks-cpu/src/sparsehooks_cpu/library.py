@@ -7,7 +7,8 @@ import functools
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +38,37 @@ ROUTINES = {
 }
 """The inner loops of files and masks: what they take and what they return, as ``TYPES`` calls it."""
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "-": None}
-KERNELS = ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16", "int8_float32")
+KERNELS = (
+    ("float32", torch.float32),
+    ("bfloat16", torch.float32),
+    ("bfloat16", torch.bfloat16),
+    ("int8", torch.float32),
+)
 """What is multiplied, and the dtype of inputs and outputs."""
 
 logger = logging.getLogger(__name__)
 
 
-class Packed(NamedTuple):
-    """A weight as the kernels read it; see kernels.cpp.
+class Weights(ctypes.Structure):
+    """A weight as C has it; see kernels.cpp."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight as the kernels read it.
 
     Attributes:
         values: int32, the bits of the units that are not zero, and some that are.
@@ -57,6 +81,7 @@ class Packed(NamedTuple):
         sums: int32, (out_features,), of the int8 codes of a row.
         out_features: rows of the weight.
         in_features: columns of the weight.
+        native: all of these for C, made once as it would take as long as a small product.
     """
 
     values: Tensor
@@ -69,12 +94,18 @@ class Packed(NamedTuple):
     sums: Tensor | None
     out_features: int
     in_features: int
+    native: Weights = field(init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Take the addresses."""
+        parts = [getattr(self, name) for name, _ in Weights._fields_]
+        native = Weights(*[part.data_ptr() if isinstance(part, Tensor) else part for part in parts])
+        object.__setattr__(self, "native", native)
 
-class _Weights(ctypes.Structure):
-    """The same in C."""
-
-    _fields_ = tuple((name, ctypes.c_int64 if "features" in name else ctypes.c_void_p) for name in Packed._fields)
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return sum(part.nbytes for part in vars(self).values() if isinstance(part, Tensor))
 
 
 class Library(NamedTuple):
@@ -82,14 +113,14 @@ class Library(NamedTuple):
 
     Attributes:
         variant: for which CPUs it was compiled.
-        kernels: by name.
+        kernels: by what is multiplied, and by the dtype of inputs.
         routines: the inner loops of files and masks, by name.
         problem: why there are none.
     """
 
     variant: str = ""
-    kernels: dict[str, Callable[..., int]] = {}  # noqa: RUF012 - never changed
-    routines: dict[str, Callable[..., int]] = {}  # noqa: RUF012 - never changed
+    kernels: Mapping[str, Mapping[torch.dtype, Callable[..., int]]] = {}
+    routines: Mapping[str, Callable[..., int]] = {}
     problem: str = ""
 
 
@@ -123,16 +154,17 @@ def _load() -> Library:
         return Library(problem=f"'{path}' cannot be loaded: {error}")
     if found != AGREED:
         return Library(problem=f"'{path}' is of another version; install sparsehooks-cpu again")
-    kernels: dict[str, Callable[..., int]] = {}
-    for name in KERNELS:
-        if hasattr(loaded, f"sparsehooks_{name}"):
-            kernel = getattr(loaded, f"sparsehooks_{name}")
-            kernel.argtypes = [ctypes.POINTER(_Weights), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-            kernels[name] = kernel
+    kernels: dict[str, dict[torch.dtype, Callable[..., int]]] = {}
+    for what, dtype in KERNELS:
+        kernel = getattr(loaded, f"sparsehooks_{what}_{dtype}".replace("torch.", ""), None)
+        if kernel is not None:
+            kernel.argtypes = [ctypes.POINTER(Weights), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+            kernels.setdefault(what, {})[dtype] = kernel
     routines: dict[str, Callable[..., int]] = {}
     for name, signature in ROUTINES.items():
         routines[name] = routine = getattr(loaded, f"sparsehooks_{name}")
-        *routine.argtypes, _, routine.restype = [TYPES[letter] for letter in signature.replace(" ", "-")]
+        takes, gives = signature.split()
+        routine.argtypes, routine.restype = [TYPES[letter] for letter in takes], TYPES[gives]
     return Library(chosen, kernels, routines)
 
 
@@ -150,11 +182,7 @@ def problem(kernel: str, feature: str) -> str | None:
     found = library()
     if found.problem:
         return f"the kernels are off: {found.problem}"
-    return (
-        None
-        if f"{kernel}_float32" in found.kernels
-        else f"it needs {feature}, and the kernels for {found.variant} have none"
-    )
+    return None if kernel in found.kernels else f"it needs {feature}, and the kernels for {found.variant} have none"
 
 
 def multiply(kernel: str, packed: Packed, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
@@ -170,15 +198,10 @@ def multiply(kernel: str, packed: Packed, input: Tensor) -> Tensor:  # noqa: A00
     """
     if input.shape[-1] != packed.in_features:
         raise ValueError(f"the layer takes {packed.in_features} features, got inputs of shape {tuple(input.shape)}")
-    kernels, native = library().kernels, f"{kernel}_{input.dtype}".replace("torch.", "")
-    rows = input if input.dim() == 2 else input.reshape(-1, packed.in_features)
-    if native not in kernels:
-        native, rows = f"{kernel}_float32", rows.to(torch.float32)
-    rows = rows.contiguous()
-    found = rows.new_empty(len(rows), packed.out_features)
-    weights = _Weights(*[part.data_ptr() if isinstance(part, Tensor) else part for part in packed])
-    if not kernels[native](weights, rows.data_ptr(), found.data_ptr(), len(rows), torch.get_num_threads()):
-        raise MemoryError(f"there is no memory for the inputs of {len(rows)} tokens")
-    if input.dim() != 2:
-        found = found.reshape(*input.shape[:-1], packed.out_features)
-    return found.to(input.dtype)
+    kernels = library().kernels[kernel]
+    given = (input if input.dtype in kernels else input.to(torch.float32)).contiguous()
+    found = given.new_empty(*input.shape[:-1], packed.out_features)
+    tokens = input.numel() // packed.in_features
+    if not kernels[given.dtype](packed.native, given.data_ptr(), found.data_ptr(), tokens, torch.get_num_threads()):
+        raise MemoryError(f"there is no memory for the inputs of {tokens} tokens")
+    return found if found.dtype == input.dtype else found.to(input.dtype)  # to() alone would take a microsecond
