@@ -2,7 +2,7 @@
 //
 // Compiled into the same libraries as kernels.cpp, for the same CPUs; the compiler makes vectors of the loops. What each
 // of them computes is said by the contract in sparsehooks (components.py), whose reference gives the same bits. Lengths
-// are checked by the caller (routines.py); positions that index memory are checked here. What is read needs no alignment.
+// are checked by the caller (routines.py); positions that index memory are checked here. Nothing needs to be aligned.
 //
 // Positions of bits come from a table: eight for each byte, of which as many count as it has ones, so that the loop has
 // no branches.
@@ -424,8 +424,8 @@ void sparsehooks_split_gaps(const int64_t* positions, int64_t count, int low, vo
 int64_t sparsehooks_split_exponents(const void* values, int64_t itemsize, int64_t count, int shift,
                                     const uint8_t* frequent, int base, int size, uint8_t* codes, uint8_t* bits,
                                     uint8_t* rest) {
-  if (itemsize == 2) return split_exponents((const uint16_t*)values, count, shift, frequent, base, size, codes, bits, rest);
-  return split_exponents((const uint32_t*)values, count, shift, frequent, base, size, codes, bits, rest);
+  auto split = [=](const auto* of) { return split_exponents(of, count, shift, frequent, base, size, codes, bits, rest); };
+  return itemsize == 2 ? split((const uint16_t*)values) : split((const uint32_t*)values);
 }
 
 // start: the checksum of what comes before. -1 if the CPU has no instructions for it.
