@@ -1,8 +1,8 @@
 // The inner loops of files and masks, with a C interface and no other headers than those of the language.
 //
-// Compiled into the same libraries as kernels.cpp, for the same CPUs; the compiler makes vectors of the loops. What each
-// of them computes is said by the contract in sparsehooks (components.py), whose reference gives the same bits. Lengths
-// are checked by the caller (routines.py); positions that index memory are checked here. Nothing needs to be aligned.
+// Compiled into the same libraries as kernels.cpp, for the same CPUs; the compiler makes vectors of the loops. The
+// contract in sparsehooks (components.py) says what they compute, and its reference gives the same bits. Lengths are
+// checked by the caller (routines.py); positions that index memory are checked here. Nothing needs to be aligned.
 //
 // Positions of bits come from a table: eight for each byte, of which as many count as it has ones, so that the loop has
 // no branches.
@@ -424,12 +424,15 @@ void sparsehooks_split_gaps(const int64_t* positions, int64_t count, int low, vo
 int64_t sparsehooks_split_exponents(const void* values, int64_t itemsize, int64_t count, int shift,
                                     const uint8_t* frequent, int base, int size, uint8_t* codes, uint8_t* bits,
                                     uint8_t* rest) {
-  auto split = [=](const auto* of) { return split_exponents(of, count, shift, frequent, base, size, codes, bits, rest); };
+  auto split = [=](const auto* given) {
+    return split_exponents(given, count, shift, frequent, base, size, codes, bits, rest);
+  };
   return itemsize == 2 ? split((const uint16_t*)values) : split((const uint32_t*)values);
 }
 
 // start: the checksum of what comes before. -1 if the CPU has no instructions for it.
-int64_t sparsehooks_checksum(const uint8_t* data, int64_t size, int64_t start) {
+int64_t sparsehooks_checksum([[maybe_unused]] const uint8_t* data, [[maybe_unused]] int64_t size,
+                             [[maybe_unused]] int64_t start) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("pclmul")) return checksum(data, size, uint32_t(start));
 #endif
