@@ -86,7 +86,7 @@ class Engine:
         self.key = next(_KEYS)
         self._layer = weakref.ref(layer)
         self._packed: dict[str, Any] = {}
-        self._stamp: tuple[Any, ...] = ()
+        self._weight = self._bias = _Stamp(None)
         _ENGINES[self.key] = self
 
     def settle(self, lanes: Iterable[Lane]) -> None:
@@ -119,9 +119,8 @@ class Engine:
         """The layer's outputs; to be called without gradients."""
         layer: Any = self._layer()
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        stamp = _stamp(weight), bias is None or _stamp(bias)
-        if stamp != self._stamp:
-            self._packed, self._stamp = {}, stamp
+        if not (self._weight.fits(weight) and self._bias.fits(bias)):
+            self._packed, self._weight, self._bias = {}, _Stamp(weight), _Stamp(bias)
         if backend not in self._packed:
             self._packed[backend] = self._pack(layer, backend)
         packed, runner = self._packed[backend], self.backends[backend]
@@ -255,8 +254,19 @@ def _made(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Accelerated{cls.__name__}", (Accelerated, cls), {})
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """What changes with a tensor, but for what was written into its ``data``."""
+class _Stamp:
+    """What changes with a parameter, but for what is written into its ``data``."""
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self._tensor = _nothing if tensor is None else weakref.ref(tensor)  # the next one may lie at its address
+        self._state = None if tensor is None else _state(tensor)
+
+    def fits(self, tensor: Tensor | None) -> bool:
+        """Whether it is the same, and unchanged."""
+        return tensor is self._tensor() and (None if tensor is None else _state(tensor)) == self._state
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

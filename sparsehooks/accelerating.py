@@ -75,7 +75,7 @@ def accelerate_model(
         plugins: see ``PluginManager``.
 
     Returns:
-        who runs each layer, how fast, and why not others.
+        who runs each layer, how fast, and why not others. Whoever ran them before no longer does.
 
     Raises:
         PlanError: if a layer is in the middle of a run, the backend that was named can run none, or an argument is not
@@ -113,9 +113,9 @@ def judge(
     for name, layer in layers.items():
         if isinstance(layer, EffectiveWeight):
             raise PlanError([f"'{name}' belongs to a run that has not ended; finish it first"])
+    counts = None if backend != AUTO else _counts(model, layers, example)
     for layer in layers.values():
         unswap(layer)
-    counts = None if backend != AUTO else _counts(model, layers, example)
     group, verdicts = Group(named=counts is None), Verdicts()
     for name, layer in layers.items():
         parents = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]

@@ -67,7 +67,7 @@ def _top_counts(scores: Mapping[str, Tensor], keep: int) -> dict[str, int]:
     names = list(scores)
     if keep <= 0:
         return dict.fromkeys(names, 0)
-    cut = _cut([scores[name].flatten() for name in names], keep)
+    cut = _cut([_flat(scores[name]) for name in names], keep)
     counts, ties = {}, keep - sum(cut.above)
     for name, above, equal in zip(names, cut.above, cut.equal, strict=True):
         taken = min(equal, ties)
@@ -85,10 +85,15 @@ def select(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str,
         if count in (0, tensor.numel()):
             masks[name] = torch.full_like(tensor, count > 0, dtype=torch.bool)
             continue
-        flat = tensor.flatten().contiguous()
+        flat = _flat(tensor)
         cut = _cut([flat], count)
         masks[name] = _kernels(flat).largest(flat, cut.value, count - cut.above[0]).view(tensor.shape)
     return masks
+
+
+def _flat(scores: Tensor) -> Tensor:
+    """As kernels read them: one after another, and what they are, not a view that says so."""
+    return scores.flatten().contiguous().resolve_neg()
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class _Cut:
     equal: list[int]
 
 
-SELECTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SELECTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that kernels select among, on the CPU; the reference takes any other, and other devices."""
 SAMPLE = 1 << 16
 """How many values bracket the k-th largest before it is found exactly."""
@@ -116,7 +121,7 @@ def _cut(tensors: Sequence[Tensor], k: int) -> _Cut:
     total = sum(tensor.numel() for tensor in tensors)
     # one dtype for all: compared with a value that it cannot hold, a tensor would round it
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    tensors = [tensor.to(dtype).contiguous() for tensor in tensors]
+    tensors = [tensor.to(dtype) for tensor in tensors]
     low, high = float("-inf"), float("inf")
     if total > 4 * SAMPLE:
         stride = total // SAMPLE
@@ -157,7 +162,7 @@ def _descending(sample: np.ndarray, place: int) -> float:
 
 def _kernels(scores: Tensor) -> Kernels:
     """Those that select among scores where they are."""
-    compiled = scores.device.type == "cpu" and scores.dtype in SELECTED
+    compiled = scores.device.type == "cpu" and scores.dtype in _SELECTED
     return kernels() if compiled else reference()
 
 

@@ -121,6 +121,7 @@ class QuantizeRun:
     @torch.no_grad()
     def _fit(self) -> None:
         """Find the grids of the weights as the layers see them."""
+        self._run.masks.apply()  # the optimizer's step has moved what they exclude
         for target in self._stage.targets:
             matrix = swapping.entering(self._run.model, target, "quantize")
             self._check(target, matrix)

@@ -164,6 +164,21 @@ def test_the_packed_form_follows_the_weight():
     assert runner.packs == packs + 6
 
 
+def test_a_weight_that_takes_the_place_of_another_is_packed_anew():
+    """Where it lies may be where the one before lay."""
+    layer = nn.Linear(768, 768, bias=False).requires_grad_(requires_grad=False)
+    model = nn.Sequential(layer)
+    accelerate_model(model, "plain", plugins=offering(plain=Plain))
+    inputs, generator, places = torch.randn(2, 768), torch.Generator().manual_seed(0), set()
+    for _ in range(20):
+        for _ in range(2):
+            model.load_state_dict({"0.weight": torch.randn(768, 768, generator=generator)}, assign=True)
+        places.add(layer.weight.data_ptr())
+        with torch.no_grad():
+            assert torch.equal(model(inputs), F.linear(inputs, layer.weight))
+    assert len(places) < 20
+
+
 class Single(Plain):
     def supports(self, layer, device):
         single = layer.weight.dtype == torch.float32

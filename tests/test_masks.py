@@ -342,3 +342,9 @@ def test_a_digest_tells_masks_apart():
     ]
     assert digest(one) == digest({name: bits.clone() for name, bits in one.items()})
     assert len({digest(one), *map(digest, others)}) == 5
+
+
+def test_select_takes_scores_that_are_views_of_their_negatives():
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.complex64).conj().imag
+    assert scores.is_neg()
+    assert torch.equal(select({"a": scores}, {"a": 10})["a"], select({"a": scores.resolve_neg()}, {"a": 10})["a"])

@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerCallback
 
 import sparsehooks
 from sparsehooks import CompressionCallback, Steps, read_grid, row_scales
+from sparsehooks.builtin.quantizers.lsq import Lsq
+from sparsehooks.builtin.quantizers.uniform import Uniform
 from sparsehooks.targets import find
 
 LSQ = {"quantize": {"use": "lsq", "bits": 4, "learning_rate": 0.01}, "schedule": {"use": "oneshot", "start": 0.25}}
@@ -69,6 +71,25 @@ def test_codebooks_keep_zeros_and_have_few_values(tmp_path):
     for weight in weights(model).values():
         assert int((weight == 0).sum()) == round(0.7 * weight.numel())
         assert len(weight.unique()) <= 8 + 1
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [{**LSQ, "schedule": {"use": "oneshot", "start": 4}}, {"quantize": "int8", "freeze": 4}],
+    ids=["begins", "freezes"],
+)
+def test_a_grid_is_found_for_what_is_masked(tmp_path, monkeypatch, stage):
+    def grid(self, weight):
+        shares.append(float((weight == 0).float().mean()))
+        return original(self, weight)
+
+    shares, quantizer = [], Lsq if stage["quantize"] != "int8" else Uniform
+    original = quantizer.grid
+    prune = {"prune": "magnitude", "sparsity": 0.75, "allocation": "uniform", "schedule": {"use": "oneshot"}}
+    monkeypatch.setattr(quantizer, "grid", grid)
+    model = train(tmp_path, [prune, stage])
+    assert len(shares) >= len(weights(model))
+    assert min(shares) >= 0.74, "what an optimizer's step puts in masked places is no part of a weight"
 
 
 @pytest.mark.parametrize("decay", [0.0, 10.0])

@@ -81,7 +81,7 @@ def test_files_are_the_same_with_them_and_without(variant, installed):
 def test_masks_are_the_same_with_them_and_without(variant, installed, dtype):
     random = torch.Generator().manual_seed(1)
     for size in (1, 100, 5 * masks.SAMPLE):
-        scores = {"a": torch.randn(size, generator=random).to(dtype), "b": (3 * torch.randn(7, 9)).round().to(dtype)}
+        scores = {"a": torch.randn(size, generator=random).to(dtype), "b": (3 * torch.randn(7, 9, generator=random)).round().to(dtype)}
         for keep in (1, size // 10, size):
             counts = masks.top_counts(scores, keep)
             chosen = masks.select(scores, counts)
@@ -101,6 +101,7 @@ def test_what_would_be_read_wrongly_is_refused(variant):
     for call in (
         lambda: Cpu().nonzero(np.zeros(8, np.uint8)[::2], 0),
         lambda: Cpu().join_gaps(np.frombuffer(bytes(8), np.uint8)[::2]),
+        lambda: Cpu().nonzero(np.zeros(8, ">u2"), 0),
     ):
         with pytest.raises((ValueError, TypeError), match="contiguous"):
             call()
@@ -109,11 +110,27 @@ def test_what_would_be_read_wrongly_is_refused(variant):
         lambda: Cpu().split_exponents(np.zeros(8, np.uint8), 8, np.arange(3, dtype=np.uint8), 5),
         lambda: Cpu().split_exponents(np.zeros(8, np.uint16), 8, np.arange(2, dtype=np.uint8), 7),
     ):
-        with pytest.raises(ValueError, match=r"positions are intp|is not split"):
+        with pytest.raises(ValueError, match=r"positions are int64|is not split"):
             call()
     for positions in ([4], [-1], [3, 5000]):
         with pytest.raises(IndexError, match="a position lies outside of 4 bits"):
             Cpu().pack_bits(np.array(positions), 4)
+
+
+def test_bits_that_change_while_they_are_read_are_refused(variant, monkeypatch):
+    """Counted first, then unpacked into memory for so many, without Python's lock."""
+    bits = bytearray(1000)
+    routines = module.library().routines
+
+    def count(*given):
+        found = counted(*given)
+        bits[:] = b"\xff" * len(bits)
+        return found
+
+    counted = routines["count"]
+    monkeypatch.setitem(routines, "count", count)
+    with pytest.raises(ValueError, match="1000 bytes have changed while they were read"):
+        Cpu().unpack_bits(memoryview(bits))
 
 
 def test_threads_compute_at_once(variant):

@@ -25,7 +25,7 @@ AGREED = {"sparsehooks_layout": (1, ROWS, PANEL, LANES), "sparsehooks_routines":
 ROUTINES = {
     "flag": "pnnip n",
     "count": "pn n",
-    "unpack_bits": "pnp -",
+    "unpack_bits": "pnpn n",
     "pack_bits": "pnnp i",
     "pack_planes": "pnnip -",
     "unpack_planes": "pinnp -",

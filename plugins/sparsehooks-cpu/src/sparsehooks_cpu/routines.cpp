@@ -362,14 +362,16 @@ int64_t sparsehooks_flag(const void* values, int64_t itemsize, int64_t count, in
 
 int64_t sparsehooks_count(const uint8_t* bits, int64_t bytes) { return count_ones(bits, bytes); }
 
-// positions: as many as there are ones.
-void sparsehooks_unpack_bits(const uint8_t* bits, int64_t bytes, int64_t* positions) {
+// positions: of as many ones as were counted. How many there are: others if somebody has changed the bits since.
+int64_t sparsehooks_unpack_bits(const uint8_t* bits, int64_t bytes, int64_t* positions, int64_t counted) {
   uint16_t near[BLOCK + 8];
+  int64_t total = 0;
   for (int64_t start = 0; start < bytes; start += BLOCK / 8) {
     const int64_t found = unpack_block(bits + start, bytes - start < BLOCK / 8 ? bytes - start : BLOCK / 8, near);
-    for (int64_t i = 0; i < found; ++i) positions[i] = 8 * start + near[i];
-    positions += found;
+    for (int64_t i = 0; i < found && total + i < counted; ++i) positions[total + i] = 8 * start + near[i];
+    total += found;
   }
+  return total;
 }
 
 // bits: (size + 7) / 8 bytes. Zero if one lies outside, or before an earlier block.

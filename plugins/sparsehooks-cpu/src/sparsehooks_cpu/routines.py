@@ -20,8 +20,8 @@ class Cpu(Kernels):
     """One pass over memory each, on one thread; without Python's global lock."""
 
     def problem(self) -> str | None:
-        """Why there is no library."""
-        return library().problem or None
+        """Why there is no library, or nobody to call it."""
+        return library().problem or (None if np.dtype(np.intp) == np.int64 else "Python is not of 64 bits")
 
     def nonzero(self, values: np.ndarray, shift: int) -> np.ndarray:
         """A bit for each value, and the positions of the bits."""
@@ -111,20 +111,21 @@ def _call(routine: str, *arguments: np.ndarray | Tensor | int | None) -> int:
 def _argument(value: np.ndarray | Tensor | int | None) -> Any:
     """What C gets for it: of an array where it begins."""
     if isinstance(value, np.ndarray):
-        if not value.flags.c_contiguous:
-            raise ValueError(f"an array of {value.size} elements is not contiguous")
+        if not (value.flags.c_contiguous and value.dtype.isnative):
+            raise ValueError(f"an array of {value.size} {value.dtype} is not contiguous, or of another machine")
         # the short way, a quarter of the other's time
         return _Start.from_buffer(value.data) if value.flags.writeable else value.ctypes.data
     return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def _intp(positions: np.ndarray) -> np.ndarray:
-    if positions.dtype != np.intp:
-        raise ValueError(f"positions are intp, not {positions.dtype}")
+    if positions.dtype != np.int64:
+        raise ValueError(f"positions are int64, not {positions.dtype}")
     return positions
 
 
 def _positions(bits: np.ndarray, ones: int) -> np.ndarray:
     positions = np.empty(ones, np.intp)
-    _call("unpack_bits", bits, bits.size, positions)
+    if _call("unpack_bits", bits, bits.size, positions, ones) != ones:
+        raise ValueError(f"{bits.size} bytes have changed while they were read")
     return positions
