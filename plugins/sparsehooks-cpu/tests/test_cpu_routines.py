@@ -81,7 +81,8 @@ def test_files_are_the_same_with_them_and_without(variant, installed):
 def test_masks_are_the_same_with_them_and_without(variant, installed, dtype):
     random = torch.Generator().manual_seed(1)
     for size in (1, 100, 5 * masks.SAMPLE):
-        scores = {"a": torch.randn(size, generator=random).to(dtype), "b": (3 * torch.randn(7, 9, generator=random)).round().to(dtype)}
+        rounded = (3 * torch.randn(7, 9, generator=random)).round()
+        scores = {"a": torch.randn(size, generator=random).to(dtype), "b": rounded.to(dtype)}
         for keep in (1, size // 10, size):
             counts = masks.top_counts(scores, keep)
             chosen = masks.select(scores, counts)
