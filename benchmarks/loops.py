@@ -10,6 +10,7 @@ within a round. Bytes are those of the dense chunk, or of the scores; a copy rea
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 
 import numpy as np
@@ -29,9 +30,7 @@ def loops(density):
     chunk = np.where(random.random(SIZE) < density, random.integers(1, 1 << 32, SIZE), 0).astype(np.uint32)
     positions = reference.nonzero(chunk, 1)
     values, codes = chunk[positions], random.integers(0, 16, positions.size).astype(np.uint8)
-    bits, planes = (
-        memoryview(part) for part in (reference.pack_bits(positions, SIZE), reference.pack_planes(codes, 4))
-    )
+    bits, planes = memoryview(reference.pack_bits(positions, SIZE)), memoryview(reference.pack_planes(codes, 4))
     low = 2
     lowest, ones = reference.split_gaps(positions, low)
     gaps = (np.diff(positions, prepend=-1) - 1).astype(np.uint16)
@@ -59,6 +58,16 @@ def select(scores, found):
         masks.kernels = kept
 
 
+def selecting(scores, both):
+    """Calls of both kernels and, for float32, of torch's own."""
+    calls = {key: functools.partial(select, scores, found) for key, found in both.items()}
+    if scores.dtype == torch.float32:
+        calls["topk"] = functools.partial(scores.topk, SCORES // 10, sorted=False)
+        calls["kthvalue"] = functools.partial(scores.kthvalue, SCORES - SCORES // 10 + 1)
+        calls["copy"] = scores.clone
+    return calls
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -79,21 +88,14 @@ def main():
         for name, call in loops(density).items():
             calls = {key: lambda call=call, found=found: call(found) for key, found in both.items()}
             row(name, f"{1 - density:.0%}", calls, 4 * SIZE)
-    extra = []
     for dtype in (torch.float32, torch.bfloat16):
         scores = torch.randn(SCORES, generator=torch.Generator().manual_seed(0)).abs().to(dtype)
-        calls = {key: lambda found=found: select(scores, found) for key, found in both.items()}
+        times = row(f"select, {dtype}", "90%", selecting(scores, both), scores.nbytes)
         if dtype == torch.float32:
-            calls |= {"topk": lambda: scores.topk(SCORES // 10, sorted=False)}
-            calls |= {"kthvalue": lambda: scores.kthvalue(SCORES - SCORES // 10 + 1)}
-            calls |= {"copy": scores.clone}
-        times = row(f"select, {dtype}", "90%", calls, scores.nbytes)
-        extra += [
-            f"{peer} {ratio(times, peer, 'plugin'):.2f}" for peer in ("topk", "kthvalue", "copy") if peer in times
-        ]
+            peers = ", ".join(f"{peer} {ratio(times, peer, 'plugin'):.2f}" for peer in ("topk", "kthvalue", "copy"))
     console = Console(width=120)
     console.print(table)
-    console.print(f"selecting float32, times the plugin's: {', '.join(extra)}")
+    console.print(f"selecting among float32 scores, times the plugin's: {peers}")
 
 
 if __name__ == "__main__":
