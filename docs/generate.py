@@ -56,7 +56,7 @@ def needs():
 
 def _described(title, cls):
     """A class and its public methods."""
-    parts = [f"## {title}: `sparsehooks.{cls.__name__}`", inspect.getdoc(cls).replace("``", "`")]
+    parts = [f"## {title}: `sparsehooks.{cls.__name__}`", _fields(inspect.getdoc(cls))]
     for name, function in vars(cls).items():
         if inspect.isfunction(function) and not name.startswith("_"):
             required = " (required)" if name in getattr(cls, "__abstractmethods__", ()) else ""
@@ -70,17 +70,21 @@ def _options(config):
 
 
 def _fields(text):
-    lines = []
+    """A docstring: arguments, attributes and errors as a list, what is returned as a paragraph."""
+    lines, section = [], None
     for line in text.replace("``", "`").splitlines():
         if line.startswith(":param "):
             name, _, words = line.removeprefix(":param ").partition(": ")
             lines.append(f"- `{name}`: {words}")
         elif line.startswith(":return: "):
             lines.append(f"- returns {line.removeprefix(':return: ')}")
-        elif line in ("Args:", "Returns:", "Raises:"):
+        elif line in ("Args:", "Attributes:", "Returns:", "Raises:"):
+            section = line
             lines.append(f"{line}\n")
+        elif line.startswith("     "):
+            lines.append(f"  {line.strip()}")
         elif line.startswith("    "):
-            lines.append(f"- {line.strip()}" if not line.startswith("     ") else f"  {line.strip()}")
+            lines.append(line.strip() if section == "Returns:" else f"- {line.strip()}")
         else:
             lines.append(line)
     return textwrap.dedent("\n".join(lines)).strip()

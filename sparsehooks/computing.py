@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from sparsehooks.components import Kernels
-from sparsehooks.plugins import installed_catalog
+from sparsehooks.plugins import attributed, installed_catalog
+
+if TYPE_CHECKING:
+    from sparsehooks.catalog import Record
 
 Call = tuple[str, tuple[Any, ...]]
 """The name of a method, and what it is given."""
@@ -22,7 +25,7 @@ def kernels() -> Kernels:
     """The kernels of this process: those of the first plugin, by their name, that can run here; else the reference.
 
     Only installed, enabled plugins are asked. One whose kernels cannot be loaded or give other bits than the reference
-    is named in a warning and left out.
+    is named in a warning and left out; one whose kernels fail later is named in a note of the error.
     """
     for record in installed_catalog().records("kernels"):
         if record.plugin.source == "builtin":
@@ -35,6 +38,8 @@ def kernels() -> Kernels:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - files must stay readable
             wrong = f"{type(error).__name__}: {error}"
         if wrong is None:
+            for method in Kernels.__abstractmethods__:
+                setattr(found, method, _attributing(record, getattr(found, method)))
             return found
         warnings.warn(f"the kernels of plugin {record.plugin.describe()} are not used: {wrong}", stacklevel=2)
     return reference()
@@ -46,6 +51,20 @@ def reference() -> Kernels:
     from sparsehooks.builtin.kernels.reference import Numpy
 
     return Numpy()
+
+
+def _attributing(record: Record, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method, which names its plugin in an error; ``attributed`` around each call would take a microsecond."""
+
+    @functools.wraps(method)
+    def call(*given: Any, **named: Any) -> Any:
+        try:
+            return method(*given, **named)
+        except Exception:
+            with attributed(record):
+                raise
+
+    return call
 
 
 def difference(found: Kernels, calls: Callable[[], Iterator[Call]]) -> str | None:

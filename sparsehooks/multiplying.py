@@ -37,7 +37,8 @@ class Products:
         self._label = stage.label
         self._record = stage.components["backend"].record
         self._backend = backend
-        self._told: set[str] = set()
+        self._warned: dict[str, str] = {}
+        """The layers that a warning named, and the reasons that it gave."""
 
     def of(self, target: Target, mask: Callable[[], Tensor | None]) -> Product:
         """The product of a target's layers: dense, with a warning, where the backend does not take them.
@@ -46,46 +47,58 @@ class Products:
             target: the weight.
             mask: gives its mask, always the same tensor until it changes; None while more shall be masked.
         """
-        asked: tuple[Tensor, torch.dtype] | None = None
-        forward = backward = False
+        return torch.compiler.disable(_Multiply(self, target, mask))  # type: ignore[no-any-return]
 
-        def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            nonlocal asked, forward, backward
-            device = inputs.device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                with torch.autocast(device, enabled=False):
-                    return multiply(
-                        _cast(inputs, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-                    )
-            kept = mask()
-            if kept is None or inputs.dtype != weight.dtype:
-                return F.linear(inputs, weight, bias)
-            if asked is None or asked[0] is not kept or asked[1] != weight.dtype:
-                asked = kept, weight.dtype
-                forward, backward = self._ask(target, target.matrix(kept), weight.detach(), bias)
-            if not forward:
-                return F.linear(inputs, weight, bias)
-            return _Product.apply(inputs, weight, bias, self._run, backward)  # type: ignore[no-any-return, no-untyped-call]
-
-        return torch.compiler.disable(multiply)  # type: ignore[no-any-return]
-
-    def _ask(self, target: Target, mask: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
+    def ask(self, target: Target, mask: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
         """Whether the backend multiplies by every weight that has this mask, and by its transpose."""
         full = torch.where(mask, 1, weight)  # a weight that is zero now need not stay so
         with attributed(self._record):
             support = self._backend.supports(_layer(full, bias), weight.device)
             backward = support.ok and self._backend.supports(_layer(full.t(), None), weight.device).ok
         layer, reason = target.modules[0], support.reason
-        if not support.ok and not self._told & {layer, reason}:
-            self._told |= {layer, reason}
+        if not support.ok and layer not in self._warned and reason not in self._warned.values():
+            self._warned[layer] = reason
             message = f"{self._label}: '{layer}', and others likewise, multiply densely: {reason}"
             warnings.warn(message, stacklevel=2)
         return support.ok, backward
 
-    def _run(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` by the backend."""
         with attributed(self._record):
             return self._backend.run(self._backend.pack(_layer(weight, bias)), inputs)
+
+
+class _Multiply:
+    """The product of one target's layers, and what the backend takes of it under the last mask."""
+
+    def __init__(self, products: Products, target: Target, mask: Callable[[], Tensor | None]) -> None:
+        self._products = products
+        self._target = target
+        self._mask = mask
+        self._asked: tuple[Tensor, torch.dtype] | None = None
+        self._forward = self._backward = False
+
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device = inputs.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._multiply(inputs, weight, bias)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            bias = None if bias is None else _cast(bias, dtype)
+            return self._multiply(_cast(inputs, dtype), _cast(weight, dtype), bias)
+
+    def _multiply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mask = self._mask()
+        if mask is None or inputs.dtype != weight.dtype:
+            return F.linear(inputs, weight, bias)
+        if self._asked is None or self._asked[0] is not mask or self._asked[1] != weight.dtype:
+            self._asked = mask, weight.dtype
+            self._forward, self._backward = self._products.ask(
+                self._target, self._target.matrix(mask), weight.detach(), bias
+            )
+        if not self._forward:
+            return F.linear(inputs, weight, bias)
+        return _Product.apply(inputs, weight, bias, self._products.run, self._backward)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Product(torch.autograd.Function):

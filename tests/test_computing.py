@@ -38,6 +38,22 @@ class Raising(Numpy):
         raise OSError("the library is gone")
 
 
+class Late(Numpy):
+    """Passes the check, and fails then."""
+
+    fails = False
+
+    def checksum(self, data, start=0):
+        if Late.fails:
+            raise RuntimeError("no memory")
+        return super().checksum(data, start)
+
+    def between(self, scores, low, high):
+        if Late.fails:
+            raise RuntimeError("no memory")
+        return super().between(scores, low, high)
+
+
 class Broken(Numpy):
     def problem(self):
         raise SystemExit("no")
@@ -120,6 +136,26 @@ def test_codecs_compute_with_the_kernels_of_a_plugin(offered):
     blob = encode(weight, codecs)
     assert torch.equal(decode(blob, codecs, name="w"), weight)
     assert Same.count > before
+
+
+def test_kernels_that_fail_later_name_their_plugin(offered, monkeypatch):
+    offered(late=Late)
+    assert not warned(sparsehooks.kernels)
+    codecs, weight = load_codecs(PluginManager(autoload=False).catalog), torch.zeros(64, 64)
+    blob = encode(weight, codecs)
+    monkeypatch.setattr(Late, "fails", True)
+    calls = (
+        lambda: encode(weight, codecs),
+        lambda: decode(blob, codecs, name="w"),
+        lambda: masks.select({"w": torch.rand(8)}, {"w": 2}),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="no memory") as error:
+            call()
+        first, second = error.value.__notes__
+        assert first.startswith("sparsehooks: raised by plugin 'Plugin")
+        assert first.endswith(" in kernels 'late'")
+        assert second == "             to run without it: -p no:Plugin"
 
 
 def test_kernels_are_chosen_where_another_device_is_the_default(offered):

@@ -104,6 +104,10 @@ def test_the_reference_is_what_the_code_says():
         assert (ROOT / "docs" / page).read_text(encoding="utf-8") == make(), f"run python docs/generate.py ({page})"
     hooks, components = generate.hooks(), generate.components()
     assert all(f"## `{generate.signature(name, function)}`" in hooks for name, function in HOOKS.items())
+    items = [line for line in (hooks + components).splitlines() if line.startswith("- ")]
+    assert all(re.match(r"- (returns |`?\w+`?: )", item) for item in items)
+    assert "Returns:\n\n- " not in components
+    assert not re.search(r"^    ", components, re.MULTILINE)
     assert all(f"## {kind}: `sparsehooks.{contract.__name__}`" in components for kind, contract in KINDS.items())
 
 

@@ -147,11 +147,17 @@ def test_weights_that_are_zero_by_chance_are_not_taken_for_masked():
     assert Twin.packed == ()
 
 
-def product(model, mask, backend):
-    """What takes the place of the product of the model's only layer."""
+def products(model, backend):
+    """A stage's products, and the weights of its layers."""
     given = Recipe.from_dict(recipe(backend=backend, pattern="2:4"))
     stage = Plan.build(given, PluginManager([TwinPlugin()])).stages[0]
-    return Products(stage, stage.components["backend"].create()).of(find(model, ["Linear"], [])[0][0], mask)
+    return Products(stage, stage.components["backend"].create()), find(model, ["Linear"], [])[0]
+
+
+def product(model, mask, backend):
+    """What takes the place of the product of the model's only layer."""
+    made, (target,) = products(model, backend)
+    return made.of(target, mask)
 
 
 def test_each_new_mask_is_shown_to_the_backend():
@@ -172,6 +178,53 @@ def test_each_new_mask_is_shown_to_the_backend():
     with pytest.warns(UserWarning, match="row 0 has 4 nonzeros in the columns 0 to 3"):
         found = [packed(mask) for mask in masks]
     assert found == [1, 1, 0, 1]
+
+
+def test_a_layer_is_named_once_and_a_reason_given_once():
+    first = torch.ones(8, 16, dtype=torch.bool)
+    second = first.clone()
+    second[0, :4] = torch.tensor([True, False, True, False])
+    third = first.clone()
+    third[0] = second[1] = torch.arange(16) % 2 == 0
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False))
+    made, targets = products(model, "twin")
+
+    def said(layer, mask):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made.of(targets[layer], lambda: mask)(torch.ones(1, 16), model[layer].weight * mask, None)
+        return [str(warning.message).removeprefix("stage[0] prune sr_ste: ") for warning in caught]
+
+    likewise = "and others likewise, multiply densely: row"
+    assert said(0, first) == [f"'0', {likewise} 0 has 4 nonzeros in the columns 0 to 3"]
+    assert said(0, second) == []
+    assert said(1, first) == []
+    assert said(1, second) == [f"'1', {likewise} 0 has 4 nonzeros in the columns 4 to 7"]
+    assert said(1, third) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does that itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # and this
+@pytest.mark.parametrize("backend", [None, "twin"])
+def test_a_backend_breaks_the_graph_of_compile_and_gives_no_second_derivatives(backend):
+    model, inputs = net(), torch.randn(4, 16, requires_grad=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = recipe() if backend is None else recipe(backend=backend)
+    torch._dynamo.reset()
+    with sparsehooks.attach(model, optimizer, given, total_steps=1, plugins=[TwinPlugin()]):
+        expected = model(inputs)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), inputs, create_graph=True)
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        if backend is None:
+            assert torch.equal(whole(inputs), expected)
+            gradient.sum().backward()
+        else:
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                whole(inputs)
+            assert torch.equal(torch.compile(model, backend="eager")(inputs), expected)
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                gradient.sum().backward()
+        optimizer.step()
 
 
 def test_the_layers_of_gpt2_lie_the_other_way_round():

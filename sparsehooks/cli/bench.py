@@ -78,13 +78,18 @@ def run(
 
 
 def _others(model: nn.Module, verdicts: Verdicts) -> str:
-    """What else has a weight matrix: how many, by class."""
+    """What else multiplies by a weight matrix: how many, by class."""
+    from torch import nn
+
     from sparsehooks.accelerated import bare
 
+    no_products = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
     matrices = (
         (name, module)
         for name, module in model.named_modules()
-        if (weight := module._parameters.get("weight")) is not None and weight.dim() > 1
+        if (weight := module._parameters.get("weight")) is not None
+        and weight.dim() > 1
+        and not isinstance(module, no_products)
     )
     counts = Counter(type(bare(module)).__name__ for name, module in matrices if name not in verdicts)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))

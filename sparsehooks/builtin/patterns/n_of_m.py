@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsehooks import Pattern, Target, permute_channels
+
+TILES = 1 << 14
+"""How many tiles are compared with all masks at once: for 2:4, 12 MB of sums."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Options:
         permute: whether the channels between two layers are first put in the order that keeps most, for M up to 4. The
             model computes the same.
         transposable: whether the columns are N:M too, along the output features, so that the backward product of a
-            layer that trains is as sparse as the forward one. This keeps less.
+            layer that trains is as sparse as the forward one, for M up to 4. This keeps less.
     """
 
     n: int = 2
@@ -34,6 +39,8 @@ class Options:
             raise ValueError(f"the pattern {self.n}:{self.m} must keep at least one weight of a group and drop one")
         if self.permute and self.m > 4:
             raise ValueError(f"'permute' would try all ways to share {2 * self.m} columns out; it takes groups up to 4")
+        if self.transposable and self.m > 4:
+            raise ValueError(f"'transposable' tries all masks of {self.m} x {self.m} weights; it takes groups up to 4")
         if self.permute and self.transposable:
             raise ValueError("'permute' looks for what keeps most along rows alone; leave it or 'transposable' out")
 
@@ -43,7 +50,7 @@ class NOfM(Pattern):
 
     A unit is a group. A ramp masks the groups that lose least first, each of them to N at once; when it ends, every
     group has N. With ``transposable``, a unit is a tile of M x M, with N in each of its rows and columns (Hubara et al.
-    2021, arXiv:2102.08124, their greedy algorithm).
+    2021, arXiv:2102.08124); of all such masks, it gets the one that keeps most.
     """
 
     Config = Options
@@ -94,40 +101,32 @@ class NOfM(Pattern):
 
     def _kept(self, parts: Tensor) -> Tensor:
         """What stays of units that do not stay whole."""
-        order = parts.sort(dim=-1, descending=True, stable=True).indices
         if self.config.transposable:
-            return _both_ways(parts.flatten(0, 1), order.flatten(0, 1), self.config.n, self.config.m).view(parts.shape)
+            masks = _both_ways(self.config.n, self.config.m).to(parts.device)
+            best = [_best(tiles, masks) for tiles in parts.flatten(0, 1).split(TILES)]
+            return masks[torch.cat(best)].view(parts.shape)
+        order = parts.sort(dim=-1, descending=True, stable=True).indices
         return torch.zeros_like(parts, dtype=torch.bool).scatter_(-1, order[..., : self.config.n], value=True)
 
 
-def _both_ways(scores: Tensor, order: Tensor, n: int, m: int) -> Tensor:
-    """What stays of tiles of M x M, N of each row and column: taken in order, while there is room for it.
+@functools.cache
+def _both_ways(n: int, m: int) -> Tensor:
+    """All masks of M x M with N in each row and column; shape (masks, M * M), in order of what they keep."""
+    rows = [[place in kept for place in range(m)] for kept in itertools.combinations(range(m), n)]
+    tiles = itertools.product(rows, repeat=m)
+    fitting = [tile for tile in tiles if all(sum(column) == n for column in zip(*tile, strict=True))]
+    return torch.tensor(fitting, device="cpu").flatten(1)
 
-    That can leave a row and a column short that meet in a weight that is taken. One of the others then gives way to the
-    two that share its row or column with them: the exchange that gains most.
 
-    Args:
-        scores: shape (tiles, M * M).
-        order: of each tile, from the largest score to the smallest.
-        n: how many stay.
-        m: the height and width of a tile.
+def _best(tiles: Tensor, masks: Tensor) -> Tensor:
+    """Of each tile the mask with the largest sum, of equal ones the first; shape (tiles,).
+
+    What went in an earlier run has minus infinity: first of all, as little of it as can be comes back.
     """
-    each = torch.arange(len(scores), device=scores.device)
-    kept = torch.zeros(len(scores), m, m, dtype=torch.bool, device=scores.device)
-    for place in order.unbind(dim=1):
-        row, column = place // m, place % m
-        kept[each, row, column] = (kept[each, row].sum(dim=1) < n) & (kept[each, :, column].sum(dim=1) < n)
-    while len(short := (kept.sum(dim=(1, 2)) < n * m).nonzero().flatten()):
-        row = (kept[short].sum(dim=2) < n).byte().argmax(dim=1)
-        column = (kept[short].sum(dim=1) < n).byte().argmax(dim=1)
-        in_row, in_column = kept[short, row].unsqueeze(1), kept[short, :, column].unsqueeze(2)
-        values = scores[short].to(torch.promote_types(scores.dtype, torch.float32)).view(-1, m, m)
-        values = values.clamp(min=torch.finfo(values.dtype).min / 4)  # what went before has minus infinity
-        places = torch.arange(len(short), device=scores.device)
-        gain = values[places, row].unsqueeze(1) + values[places, :, column].unsqueeze(2) - values
-        gain = gain.masked_fill(~kept[short] | in_row | in_column, float("-inf"))
-        best = gain.flatten(1).argmax(dim=1)
-        kept[short, best // m, best % m] = False
-        kept[short, row, best % m] = True
-        kept[short, best // m, column] = True
-    return kept
+    gone = tiles == float("-inf")
+    over = masks.t().double()  # narrower, the sums would be rounded, the more so by TF32 and autocast
+    sums = torch.where(gone, 0, tiles).double() @ over
+    if gone.any():
+        back = gone.double() @ over
+        sums = sums.masked_fill(back > back.amin(dim=1, keepdim=True), float("-inf"))
+    return sums.argmax(dim=1)
