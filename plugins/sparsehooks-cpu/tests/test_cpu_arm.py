@@ -19,13 +19,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def built(name, folder):
+    """A program of one of the sources beside this file."""
+    package = HERE.parent / "src" / "sparsehooks_cpu"
+    command = [COMPILER, "-std=c++17", "-O3", "-static", "-I", package, HERE / f"{name}.cpp", "-o", folder / name]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / name
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    out = tmp_path_factory.mktemp("arm") / "kernel"
-    package = HERE.parent / "src" / "sparsehooks_cpu"
-    command = [COMPILER, "-std=c++17", "-O3", "-static", "-I", package, HERE / "emulated.cpp", "-o", out]
-    subprocess.run(command, check=True, capture_output=True)
-    return out
+    return built("emulated_kernels", tmp_path_factory.mktemp("arm"))
 
 
 def run(program, layer, inputs, folder):
@@ -57,3 +61,8 @@ def test_an_arm_cpu_gives_the_exact_sums(program, shape, tokens, tmp_path):
     inputs = inputs.mul(20).round()
     expected = F.linear(inputs.double(), layer.weight.double()).float()
     assert torch.equal(run(program, layer, inputs, tmp_path), expected)
+
+
+def test_an_arm_cpu_runs_the_loops_of_files_and_masks(tmp_path):
+    done = subprocess.run([EMULATOR, built("emulated_loops", tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
