@@ -99,25 +99,25 @@ def read_grid(blocks: Tensor, steps: Steps) -> dict[str, Tensor] | None:
     """The grid that values lie on, found from the values alone: what ``Steps.fit`` gave, or a coarser one.
 
     Args:
-        blocks: (blocks, values), finite, any floating dtype.
+        blocks: (blocks, values), any floating dtype.
         steps: the codes that the grid may have.
 
     Returns:
         ``scales`` float32 and, of an asymmetric grid, ``zeros`` uint8, both (blocks, 1), from which ``steps.values``
-        gives back every bit of the values; None if some block lies on no such grid.
+        gives back every bit of the values; None if some block lies on no such grid, as what is not finite never does.
     """
-    if len(blocks) > 64 and read_grid(blocks[:8], steps) is None:
+    blocks = blocks.detach()
+    if not _may_lie(blocks[:: max(1, len(blocks) // 8)], steps):
         return None  # at little cost
-    values = blocks.detach().to(torch.float32)
-    low, high = (end.double() for end in min_max(values))
-    reach = torch.maximum(-low, high) if steps.symmetric else high - low  # so many steps
+    values, reach = blocks.to(torch.float32), _reach(blocks, steps)
+    if not reach.isfinite().all():
+        return None
     scales, lowest = torch.ones_like(values[:, :1]), torch.zeros_like(values[:, :1])
     left = (reach > 0).flatten().nonzero().flatten()
     for size in range(steps.most, 0, -1):
         if not len(left):
             break
-        tried = (reach[left] / size).to(torch.float32).clamp(min=SMALLEST)
-        tried = significant(tried, 17 if steps.symmetric else 16)
+        tried = _scales(reach[left] / size, steps)
         codes = (values[left] / tried).round_()
         fits = (steps.values(codes, tried, None, blocks.dtype) == blocks[left]).all(dim=1)
         chosen = left[fits]
@@ -126,6 +126,26 @@ def read_grid(blocks: Tensor, steps: Steps) -> dict[str, Tensor] | None:
     if len(left):
         return None
     return {"scales": scales} if steps.symmetric else {"scales": scales, "zeros": (-lowest).to(torch.uint8)}
+
+
+def _may_lie(blocks: Tensor, steps: Steps) -> bool:
+    """Whether each block has a grid for some of its values: of all sizes at once."""
+    few = blocks[:, :: -(-blocks.shape[1] // 64)]
+    sizes = torch.arange(1, steps.most + 1, device=blocks.device)[:, None, None]
+    tried = _scales(_reach(blocks, steps) / sizes, steps)
+    codes = (few.to(torch.float32) / tried).round_()
+    fits = (steps.values(codes, tried, None, blocks.dtype) == few).all(dim=2)
+    return bool(fits.any(dim=0).all())
+
+
+def _reach(blocks: Tensor, steps: Steps) -> Tensor:
+    """What the steps of a grid span: float64, (blocks, 1)."""
+    low, high = (end.double() for end in min_max(blocks))
+    return torch.maximum(-low, high) if steps.symmetric else high - low
+
+
+def _scales(exact: Tensor, steps: Steps) -> Tensor:
+    return significant(exact.to(torch.float32).clamp(min=SMALLEST), 17 if steps.symmetric else 16)
 
 
 def fake_quantize(blocks: Tensor, scales: Tensor, zeros: Tensor | None, steps: Steps, *, clips: bool) -> Tensor:

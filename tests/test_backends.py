@@ -167,3 +167,15 @@ def test_what_cannot_run_is_told_and_stays():
         accelerate_model(nn.Sequential(nn.Linear(8, 8)), "int8")
     with pytest.raises(PluginError, match="no plugin offers the backend 'int7'"):
         accelerate_model(model, "int7")
+
+
+@torch.no_grad()
+def test_a_weight_that_is_no_number_stays_none():
+    model = nn.Sequential(nn.Linear(64, 24)).eval()
+    compress(model, {"stage": [{"quantize": "int8"}]})
+    accelerate_model(model, "int8")
+    model[0].weight[3, 5] = torch.nan
+    with pytest.warns(UserWarning, match="'0' runs dense, no longer by 'int8': its weight lies on no int8 grid"):
+        assert model(torch.ones(2, 64))[:, 3].isnan().all()
+    with pytest.raises(PlanError, match="'int8' can run none of the 1 layers; '0': its weight lies on no int8 grid"):
+        accelerate_model(model, "int8")

@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsehooks.builtin.quantizers.kmeans import KMeans, Options as KMeansOptions, clusters
 from sparsehooks.builtin.quantizers.levels import NF4, APoT, APoTOptions, NF4Options
 from sparsehooks.builtin.quantizers.lsq import Lsq, Options as LsqOptions
 from sparsehooks.builtin.quantizers.uniform import Options, Uniform
 from sparsehooks.builtin.solvers.damping import Options as Damping
-from sparsehooks.grids import Steps, significant
+from sparsehooks.grids import SMALLEST, Steps, min_max, read_grid, significant
 from sparsehooks.plugins import PluginManager
 from sparsehooks.ranges import _divergences, find_range
 from sparsehooks.testing import check_component
@@ -377,3 +378,69 @@ def test_bad_options_are_said(make, said):
 @pytest.mark.parametrize("name", ["int2", "int4", "int8", "lsq", "kmeans", "nf4", "apot"])
 def test_they_keep_their_contract(name):
     check_component(PluginManager(autoload=False).catalog, "quantizer", name)
+
+
+def plainly_read(block, steps):
+    """The scale and the zero point of one row: of the largest size that gives it back."""
+    low, high = (float(end) for end in min_max(block[None]))
+    reach = max(-low, high) if steps.symmetric else high - low
+    for size in range(steps.most, 0, -1) if reach else ():
+        exact = torch.tensor([reach / size], dtype=torch.float64).float().clamp(min=SMALLEST)
+        scale = significant(exact, 17 if steps.symmetric else 16)
+        codes = (block.float() / scale).round()
+        if torch.equal(steps.values(codes, scale, None, block.dtype), block):
+            return float(scale), -min(0.0, float(codes.min()))
+    return None if reach else (1.0, 0.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_grid_is_read_where_there_is_one(dtype, bits, symmetric):
+    """Also where only one of many values lies beside it."""
+    steps, seen = Steps(bits, symmetric), set()
+    for seed, (rows, columns) in enumerate([(1, 1), (3, 300), (20, 70), (70, 9), (17, 65)] * 2):
+        weight = normal(rows, columns, seed=seed) * 10.0 ** (seed - 5)
+        weight[normal(rows, columns, seed=seed + 50) > seed % 3] = 0
+        weight[::5] = 0
+        grid = steps.fit(*min_max(weight))
+        zeros = grid.get("zeros")
+        weight = steps.values(steps.codes(weight, grid["scales"], zeros), grid["scales"], zeros, dtype)
+        if seed % 2:
+            weight[seed % rows, seed % columns] = 1.2345 * weight.abs().max()
+        expected = [plainly_read(row, steps) for row in weight]
+        found = read_grid(weight, steps)
+        seen.add(found is not None)
+        assert (found is None) == (None in expected)
+        if found is not None:
+            assert found["scales"].flatten().tolist() == [scale for scale, _ in expected]
+            assert symmetric or found["zeros"].flatten().tolist() == [zero for _, zero in expected]
+    assert True in seen
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 1, 199])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_not_finite_lies_on_no_grid(symmetric, row, value):
+    steps, weight = Steps(8, symmetric), torch.zeros(200, 100)
+    assert read_grid(weight, steps) is not None
+    weight[row, 1] = value
+    assert read_grid(weight, steps) is None
+
+
+class Counted(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(200, 384), (1, 5000)])
+def test_what_plainly_lies_on_no_grid_costs_little(shape):
+    weight = normal(*shape)
+    with Counted() as counted:
+        assert read_grid(weight, Steps(8)) is None
+    assert counted.calls < 50

@@ -129,6 +129,17 @@ def test_what_is_not_a_number_stays_none(backend, block, tokens):
             assert found[0].isnan().all()
 
 
+@pytest.mark.skipif(not able(Quad), reason="no VNNI")
+@torch.no_grad()
+def test_a_weight_that_is_no_number_stays_none():
+    model = bert(4, bits=True)
+    sparsehooks.accelerate_model(model, "cpu_quad", plugins=PLUGINS)
+    layer = model.encoder.layer[0].output.dense
+    layer.weight[3, 5] = torch.nan
+    with pytest.warns(UserWarning, match="runs dense, no longer by 'cpu_quad': its weight lies on no int8 grid of rows"):
+        assert layer(torch.ones(1, 128))[:, 3].isnan().all()
+
+
 @torch.no_grad()
 def test_compiled_and_exported():
     model = nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 8)).eval()
