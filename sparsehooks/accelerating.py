@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -28,7 +29,12 @@ TOKENS = (1, 16, 128, 512)
 
 
 class Verdicts(dict[str, Verdict]):
-    """The verdict of each layer, by its name."""
+    """The verdict of each layer, by its name; ``print`` shows a line for each kind of layer."""
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{count} layer{'s' * (count > 1)} of {kind}" for kind, count in Counter(map(str, self.values())).items()
+        )
 
     @property
     def stays(self) -> dict[str, Mapping[str, str]]:
@@ -55,6 +61,7 @@ def accelerate_model(
 
     Weights stay dense in the model, which is saved, moved and copied like any other; what backends make of them lies
     beside them in memory. ``restore_model`` undoes this.
+    Call ``model.eval()`` first: dropout and whatever else acts while a model trains acts as it does in torch.
     Each layer's outputs are compared with torch's before a backend may run it. Where a backend rounds what enters a
     layer, a grid that the model has there (``activation = "int8"``) gives way; thresholds stay. Change weights before
     this, not after: what is written through ``weight.data``, as merging an adapter does, goes unnoticed, and so does
@@ -66,8 +73,9 @@ def accelerate_model(
         backend: the name of one, which then runs every layer that it can, at any speed; or ``"auto"``: those of all
             plugins are timed against torch, and of them the fastest runs a layer, for each number of tokens, if it is
             3 % faster than torch. One that rounds is only tried where the model rounds the layer's input already.
-            What was timed on this machine before (``sparsehooks/speeds.json`` in the user's cache folder) is not timed
-            again. A layer so small that torch would lose by being looked up stays as it is.
+            What was timed on this machine before is not timed again; ``sparsehooks/speeds.json`` in the user's cache
+            folder remembers it ($XDG_CACHE_HOME or ~/.cache), delete that to measure anew. A layer so small that torch,
+            at the fewest tokens that it would run, lost 3 % by being looked up stays as it is.
         example: a batch, as the model takes it. Only the numbers of tokens that it sends through a layer are timed,
             and fewer run dense; without it these are 1, 16, 128 and 512.
         targets: which layers, as in a recipe.
@@ -136,8 +144,11 @@ def _check(model: Any, backend: Any, targets: Any, exclude: Any) -> None:
     if not isinstance(backend, str):
         raise PlanError([f"accelerate_model takes the name of a backend, or '{AUTO}', not {backend!r}"])
     for key, patterns in (("targets", targets), ("exclude", exclude)):
-        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        if isinstance(patterns, str) or not isinstance(patterns, Collection):
             raise PlanError([f"accelerate_model takes a list of layers as '{key}', not {patterns!r}"])
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise PlanError([f"accelerate_model takes names of layers in '{key}', not {pattern!r}"])
 
 
 def _nested(parents: Sequence[nn.Module]) -> str | None:

@@ -64,6 +64,16 @@ class Verdict:
         """Who runs inputs of so many tokens; ``"dense"`` is torch's own layer."""
         return choose(self.lanes, tokens) or DENSE
 
+    def __str__(self) -> str:
+        entering = f", {self.input} inputs" if self.input else ""
+        return f"{' x '.join(map(str, self.shape))}, {self.dtype}{entering}: {', '.join(self._shares()) or DENSE}"
+
+    def _shares(self) -> Iterator[str]:
+        """Who runs how many tokens, in words."""
+        for most, backend in self.lanes:
+            tokens = "for 1 token" if most == 1 else "for more" if most == math.inf else f"up to {most:g}"
+            yield f"{backend or DENSE} {tokens}" if len(self.lanes) > 1 else backend or DENSE
+
 
 class Trial:
     """A layer, and the backends that may run it.
@@ -133,10 +143,9 @@ class Trial:
             for key in found.keys() - usable:
                 del found[key]
         lanes = fastest(speeds)
-        if self._slows(lanes, counts):
-            lanes, slower = [], "the layer is so small that looking up who runs it costs more where torch does"
+        if slower := self._slows(lanes, counts):
             self._reasons |= dict.fromkeys(usable, slower)
-            usable = []
+            lanes, usable = [], []
         for key in usable:
             if not any(lane.backend == key for lane in lanes):
                 why = f"it is nowhere the fastest, or not {MARGIN:g} times as fast as torch"
@@ -199,18 +208,23 @@ class Trial:
             + (f", {depends}" if (depends := self._supports[key].depends) else "")
         )
 
-    def _slows(self, lanes: Sequence[Lane], counts: Sequence[int]) -> bool:
+    def _slows(self, lanes: Sequence[Lane], counts: Sequence[int]) -> str | None:
         """Whether torch's layer, behind the look-up that finds it, would lose more than backends may."""
-        left = [tokens for tokens in counts if choose(lanes, tokens) is None]
-        if not left or not any(lane.backend for lane in lanes):
-            return False
-        layer, inputs = self._layer, self._inputs(left[0])
+        tokens = next((tokens for tokens in counts if choose(lanes, tokens) is None), None)
+        if tokens is None or not any(lane.backend for lane in lanes):
+            return None
+        layer, inputs = self._layer, self._inputs(tokens)
         self._engine.lanes = (Lane(math.inf, None),)
         alone = functools.partial(original(layer).forward, layer, inputs)
         measure = functools.partial(ratio, alone, functools.partial(layer.forward, inputs), inputs.device)
         rows, columns = self._weight.shape
-        key = f"looked up: {rows} x {columns} {inputs.dtype}, bias {layer.bias is not None}, {left[0]} tokens"
-        return self._speeds.of(inputs.device, key, measure) < 1 / MARGIN
+        key = f"looked up: {rows} x {columns} {inputs.dtype}, bias {layer.bias is not None}, {tokens} tokens"
+        if self._speeds.of(inputs.device, key, measure) >= 1 / MARGIN:
+            return None
+        return (
+            f"torch would run inputs of {tokens} token{'s' * (tokens > 1)}, and looking up who runs the layer costs more "
+            f"than {MARGIN - 1:.0%} of its time there; give an example of the sizes that matter"
+        )
 
     def _settle(self, lanes: Sequence[Lane], speeds: Mapping[int, Mapping[str, float]]) -> Verdict:
         if any(lane.backend for lane in lanes):

@@ -367,7 +367,12 @@ def test_a_layer_that_would_lose_by_being_looked_up_stays(clock, monkeypatch):
     model = small()
     verdicts = accelerate_model(model, plugins=offering(plain=Plain))
     assert type(model[0]) is nn.Linear
-    assert "looking up who runs it" in verdicts["0"].reasons["plain"]
+    assert verdicts["0"].reasons["plain"] == (
+        "torch would run inputs of 1 token, and looking up who runs the layer costs more than 3% of its time there; "
+        "give an example of the sizes that matter"
+    )
+    verdicts = accelerate_model(model, example=torch.randn(512, 16), plugins=offering(plain=Plain))
+    assert verdicts["0"].backend(512) == "plain"
 
 
 def test_a_second_verdict_replaces_the_first():
@@ -540,6 +545,10 @@ def test_what_cannot_be_meant_is_refused():
         accelerate_model(model, exclude="0")
     with pytest.raises(PlanError, match="takes a list of layers as 'targets', not None"):
         accelerate_model(model, targets=None)
+    with pytest.raises(PlanError, match="takes a list of layers as 'targets', not <generator"):
+        accelerate_model(model, targets=(name for name in "02"))
+    with pytest.raises(PlanError, match="takes names of layers in 'exclude', not 3$"):
+        accelerate_model(model, exclude=[3])
     assert type(model[0]) is nn.Linear
 
 
@@ -571,6 +580,24 @@ def test_a_run_and_a_backend_exclude_each_other():
 
 
 # ---------------------------------------------------------------------------------------------------------- the fastest
+
+
+def test_verdicts_are_shown_by_kind_of_layer(clock, monkeypatch):
+    monkeypatch.setattr("sparsehooks.trials.ratio", lambda *_: 1.0)
+    clock["plain"] = lambda tokens: 2.0 if tokens in (1, 512) else 0.5
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 8).double(), nn.Conv2d(3, 8, 2)).eval()
+    compress(model, {"stage": [{"activation": "int8", "targets": ["1"]}]})
+    verdicts = accelerate_model(model, targets=["Linear", "Conv2d"], plugins=offering(plain=Plain))
+    assert str(verdicts).splitlines() == [
+        "2 layers of 16 x 16, float32: plain for 1 token, dense up to 511, plain for more",
+        "1 layer of 16 x 16, float32, int8 inputs: plain for 1 token, dense up to 511, plain for more",
+        "1 layer of 8 x 16, float64: plain for 1 token, dense up to 511, plain for more",
+        "1 layer of 8 x 3 x 2 x 2, float32: dense",
+    ]
+    assert repr(verdicts).startswith("{'0': Verdict(")
+    assert str(accelerate_model(small(), "plain", targets=["0"], plugins=offering(plain=Plain))) == (
+        "1 layer of 24 x 16, float32: plain"
+    )
 
 
 def test_torch_wins_ties(clock):
