@@ -12,6 +12,15 @@ from sparsehooks.components import KINDS, ComponentBase
 from sparsehooks.discovery import Plugin
 from sparsehooks.errors import PluginError, suggest
 
+PACKAGES = {
+    ("backend", "cpu_pair"): "sparsehooks-cpu",
+    ("backend", "cpu_quad"): "sparsehooks-cpu",
+    ("backend", "cpu_unstructured"): "sparsehooks-cpu",
+    ("exporter", "compressed-tensors"): "sparsehooks-compressed-tensors",
+    ("exporter", "onnx"): "sparsehooks-onnx",
+}
+"""The packages of their own that bring components, by kind and name."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -115,8 +124,13 @@ class Catalog:
         keys = sorted(self._records, key=lambda key: (order.index(key[0]), key[1]))
         return [record for key in keys for record in self._records[key] if kind in (None, key[0])]
 
-    def resolve(self, kind: str, name: str) -> tuple[Record, Mapping[str, Any]]:
+    def resolve(self, kind: str, name: str, *, saved: bool = False) -> tuple[Record, Mapping[str, Any]]:
         """The record that a name in a recipe means, and the options that the name itself carries.
+
+        Args:
+            kind: of component.
+            name: as it is written.
+            saved: whether it meant one where it was saved, so that no other name may be meant.
 
         Raises:
             PluginError: if no plugin offers it, or more than one does.
@@ -134,9 +148,14 @@ class Catalog:
             given = {key: value for key, value in match.groupdict().items() if value is not None}
             options = {key: int(value) if value.isdecimal() else value for key, value in given.items()}
             return self._only(kind, full), options
-        known = [key[1] for key in self._records if key[0] == kind]
+        if package := PACKAGES.get((kind, name)):
+            hint = f"; 'pip install {package}' adds it"
+        elif saved:
+            hint = "; install the package that brings it"
+        else:
+            hint = suggest(name, [key[1] for key in self._records if key[0] == kind])
         broken = "".join(f"; plugin {p.describe()} failed to load: {p.error}" for p in self._plugins if p.error)
-        raise PluginError(f"no plugin offers the {kind} '{name}'{suggest(name, known)}{broken}")
+        raise PluginError(f"no plugin offers the {kind} '{name}'{hint}{broken}")
 
     def create(self, kind: str, name: str) -> ComponentBase:
         """The component with its default options, where no recipe chooses any (codecs, backends)."""

@@ -222,8 +222,8 @@ class Trial:
         if self._speeds.of(inputs.device, key, measure) >= 1 / MARGIN:
             return None
         return (
-            f"torch would run inputs of {tokens} token{'s' * (tokens > 1)}, and looking up who runs the layer costs more "
-            f"than {MARGIN - 1:.0%} of its time there; give an example of the sizes that matter"
+            f"torch would run inputs of {tokens} token{'s' * (tokens > 1)}, and looking up who runs the layer costs "
+            f"more than {MARGIN - 1:.0%} of its time there; give an example of the sizes that matter"
         )
 
     def _settle(self, lanes: Sequence[Lane], speeds: Mapping[int, Mapping[str, float]]) -> Verdict:

@@ -547,7 +547,7 @@ def test_what_cannot_be_meant_is_refused():
         accelerate_model(model, targets=None)
     with pytest.raises(PlanError, match="takes a list of layers as 'targets', not <generator"):
         accelerate_model(model, targets=(name for name in "02"))
-    with pytest.raises(PlanError, match="takes names of layers in 'exclude', not 3$"):
+    with pytest.raises(PlanError, match=r"takes names of layers in 'exclude', not 3$"):
         accelerate_model(model, exclude=[3])
     assert type(model[0]) is nn.Linear
 
@@ -810,6 +810,20 @@ def test_an_opened_model_is_accelerated_as_its_config_says(tmp_path):
     assert not any(isinstance(layer, Accelerated) for layer in worked_on.modules())
 
 
+def test_a_model_that_was_accelerated_is_saved_as_any_other(tmp_path, clock):
+    """Who runs it here says nothing about who shall run it where it is opened."""
+    clock["plain"] = 2.0
+    model = tiny_bert().eval()
+    accelerate_model(model, plugins=offering(plain=Plain))
+    assert isinstance(model.pooler.dense, Accelerated)
+    save_pretrained(model, tmp_path / "a")
+    opened = AutoModel.from_pretrained(tmp_path / "a")
+    accelerate_model(opened, plugins=offering(plain=Plain))
+    opened.save_pretrained(tmp_path / "b")
+    for folder in ("a", "b"):
+        assert "backend" not in json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
+
+
 def test_a_module_without_a_config_cannot_ask_for_a_backend(tmp_path):
     with pytest.raises(ArtifactError, match="no transformers model is saved without option 'backend'"):
         save_pretrained(small(), tmp_path / "a", backend="auto")
@@ -826,12 +840,19 @@ def test_a_backend_that_is_not_here_leaves_the_layers_to_torch(tmp_path):
     assert not (tmp_path / "a").exists()
     save_pretrained(model, tmp_path / "a", backend="int8")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    config["quantization_config"]["backend"] = "warp"  # of a plugin that is there where it was saved
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="asks for the backend 'warp', torch runs the layers: no plugin offers"):
-        opened = AutoModel.from_pretrained(tmp_path / "a")
-    with torch.no_grad():
-        assert torch.equal(opened(**batch())[0], model(**batch())[0])
+    for name, hint in (  # of plugins that are there where it was saved
+        ("int9", "install the package that brings it$"),
+        ("cpu_unstructured", "'pip install sparsehooks-cpu' adds it$"),
+    ):
+        config["quantization_config"]["backend"] = name
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+        with pytest.warns(
+            UserWarning,
+            match=f"asks for the backend '{name}', torch runs the layers: no plugin offers the backend .*; {hint}",
+        ):
+            opened = AutoModel.from_pretrained(tmp_path / "a")
+        with torch.no_grad():
+            assert torch.equal(opened(**batch())[0], model(**batch())[0])
     config["quantization_config"]["backend"] = ["warp"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="'backend' must be the name of one"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sparsehooks.artifact.folder import new_folder
 from sparsehooks.artifact.reading import Folder
+from sparsehooks.catalog import PACKAGES
 from sparsehooks.components import Exporter
 from sparsehooks.decoding import decode
 from sparsehooks.errors import PluginError, SparseHooksError
@@ -17,9 +18,6 @@ from sparsehooks.recipe import Use
 if TYPE_CHECKING:
     from sparsehooks.catalog import Catalog, Record
     from sparsehooks.plugins import PluginManager
-
-ADDED = {"compressed-tensors": "sparsehooks-compressed-tensors", "onnx": "sparsehooks-onnx"}
-"""Formats that packages of their own bring."""
 
 
 def export(
@@ -66,12 +64,12 @@ def _find(use: Use, catalog: Catalog) -> tuple[Record, Exporter]:
         record, options = catalog.resolve("exporter", use.use)
     except PluginError as error:
         offered = {found.component.name for found in catalog.records("exporter")}
-        if use.use in offered:
-            raise  # by two plugins
-        package = ADDED.get(use.use)
-        others = sorted({package for name, package in ADDED.items() if name not in offered})
-        hint = f"'pip install {package}' adds it" if package else f"more in {' and '.join(others)}" if others else ""
-        raise PluginError(f"{error}; {hint}" if hint else str(error)) from error
+        if use.use in offered or ("exporter", use.use) in PACKAGES:
+            raise  # by two plugins, or the sentence names the package
+        others = sorted(
+            {package for (kind, name), package in PACKAGES.items() if kind == "exporter" and name not in offered}
+        )
+        raise PluginError(f"{error}; more in {' and '.join(others)}" if others else str(error)) from error
     cls = record.load()
     config: Any = decode(cls.Config, {**options, **use.options}, f"format '{use.use}'")
     return record, cast("Exporter", cls(config))

@@ -330,11 +330,15 @@ def _retie_offloaded(model: Any) -> None:
 
 def _accelerate(model: nn.Module, backend: str) -> None:
     """Hand the layers to the backend that the config names; where it is not there, torch runs them as they are."""
-    from sparsehooks.accelerating import accelerate_model
+    from sparsehooks.accelerating import AUTO, accelerate_model
     from sparsehooks.errors import PlanError, PluginError, RecipeError
+    from sparsehooks.plugins import as_manager
 
+    manager = as_manager()
     try:
-        accelerate_model(model, backend)
+        if backend != AUTO:
+            manager.catalog.resolve("backend", backend, saved=True)
+        accelerate_model(model, backend, plugins=manager)
     except (PlanError, PluginError, RecipeError) as error:
         warnings.warn(f"config.json asks for the backend '{backend}', torch runs the layers: {error}", stacklevel=2)
 
