@@ -64,7 +64,7 @@ def _finish(device: torch.device) -> None:
 
 
 class Speeds:
-    """What was measured, by machine; kept in ``sparsehooks/speeds.json`` in the user's cache folder.
+    """What was measured, by machine; kept in ``sparsehooks/speeds.json`` in $XDG_CACHE_HOME or ~/.cache.
 
     A file that is missing, damaged or cannot be written costs only time.
 

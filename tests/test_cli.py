@@ -248,6 +248,10 @@ def test_bench_times_every_layer(folder, inside):
     assert "the model cannot go to 'warp'" in inside("bench", folder / "sparse", "--device", "warp", status=2).err
 
 
+def test_bench_says_where_speeds_are_remembered(inside):
+    assert "sparsehooks/speeds.json" in inside("bench", "--help").out
+
+
 def test_bench_names_what_else_multiplies(inside, tmp_path):
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=8)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)

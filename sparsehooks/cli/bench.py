@@ -25,7 +25,11 @@ def run(
     no_autoload: NoAutoload = False,
     json: Json = False,
 ) -> None:
-    """Time every backend on every layer, and say which would run it, and why not others."""
+    """Time every backend on every layer, and say which would run it, and why not others.
+
+    Everything is timed anew, and remembered in sparsehooks/speeds.json in the user's cache folder ($XDG_CACHE_HOME or
+    ~/.cache) for accelerate_model; delete that to have it measure again.
+    """
     from rich.console import Console
 
     manager = load_plugins(plugin, no_autoload=no_autoload)
