@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import tempfile
 import types
 from collections.abc import Iterator, Mapping
@@ -634,14 +635,14 @@ def _values() -> Iterator[tuple[np.ndarray, Layout]]:
 
 
 def _check_kernels(component: ComponentBase) -> None:
-    from sparsehooks.computing import calls, difference
+    from sparsehooks.computing import calls, difference, large_calls
 
     kernels = cast(Kernels, component)
     problem = kernels.problem()
     assert problem is None or (isinstance(problem, str) and problem), "problem() must be None or the reason in words"
     if problem is None:
         sizes = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 129, 513, 4096, 4099)  # around those of vectors and blocks
-        wrong = difference(kernels, lambda: calls(sizes))
+        wrong = difference(kernels, lambda: itertools.chain(calls(sizes), large_calls(), large_calls(1 << 20)))
         assert wrong is None, wrong
 
 
