@@ -693,7 +693,6 @@ def _check_runs(backend: Backend, packed: Any, layer: nn.Linear, *, exact: bool)
             assert _same(before, inputs), "run() must leave its inputs as they are"
             assert found.shape == expected.shape, f"run() of {what} must have the shape {tuple(expected.shape)}"
             assert found.dtype == inputs.dtype, f"run() must keep the dtype of its inputs, got {found.dtype}"
-            message = f"run() must keep the outputs of {what}"
             if not inputs.numel():
                 continue
             if exact:
@@ -703,7 +702,11 @@ def _check_runs(backend: Backend, packed: Any, layer: nn.Linear, *, exact: bool)
                 bound = step * layer.weight.abs().sum(dim=1)  # a step of 7 bits, everywhere
             else:
                 bound = inputs.abs() @ layer.weight.abs().t() / 128  # 8 bits of a mantissa, as bfloat16 has
-            assert bool(((found - expected).abs() <= bound).all()), message
+            error, bound = (found - expected).abs(), bound.expand_as(expected)
+            worst = (error - bound).nan_to_num(torch.inf, torch.inf).argmax()
+            message = "run() of {} must compute what the layer does: it gives {:.4g} and not {:.4g}, {:.2g} is allowed"
+            values = (tensor.flatten()[worst].item() for tensor in (found, expected, bound))
+            assert bool((error <= bound).all()), message.format(what, *values)
 
 
 # --------------------------------------------------------------------------------------------- other programs
