@@ -8,7 +8,7 @@ import inspect
 import textwrap
 from pathlib import Path
 
-from sparsehooks.components import KINDS, ComponentBase, Need
+from sparsehooks.components import KINDS, ComponentBase, Need, Support
 from sparsehooks.hookspecs import HOOKS
 from sparsehooks.plugins import PluginManager
 from sparsehooks.views import Batch, Layout, WeightView
@@ -44,6 +44,10 @@ def components():
         built_in = [record for record in records if record.component.kind == kind]
         rows = [f"| `{r.component.name}` | {r.component.summary} | {_options(r.load().Config)} |" for r in built_in]
         parts.append("\n".join(["| built in | what it does | options |", "|---|---|---|", *rows]))
+        if kind == "backend":
+            parts += _described("What a backend answers", Support)
+            example = (HERE / "my_backend.py").read_text(encoding="utf-8")
+            parts += ["## A backend in full", f"```python\n{example}```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -628,9 +628,13 @@ class Codec(ComponentBase):
 class Kernels(ComponentBase):
     """What computes the inner loops of files and masks?
 
-    Recipes do not choose: the kernels of an installed plugin are taken where they can run and give the same bits as the
-    built-in ``numpy``, the reference (``sparsehooks.kernels``). Arrays have one dimension, are contiguous and may be
-    read-only; nothing is written to them. Positions are intp and ascend. Several threads may call at once.
+    Recipes do not choose, nor do the ``plugins`` of a call. Of the kernels that installed plugins offer, the first by
+    name compute in the whole process that can run here and give the same bits as the built-in ``numpy``, the reference,
+    in some calls of each method. Such a check is no proof: in your tests, let ``check_component`` make many more calls.
+    ``sparsehooks components kernels`` says which kernels run, the function ``sparsehooks.kernels()`` returns them.
+
+    Arrays have one dimension, are contiguous and may be read-only; nothing is written to them. Positions are intp and
+    ascend. Several threads may call at once.
     """
 
     kind = "kernels"

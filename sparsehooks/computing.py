@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -14,35 +15,61 @@ from sparsehooks.components import Kernels
 from sparsehooks.plugins import attributed, installed_catalog
 
 if TYPE_CHECKING:
-    from sparsehooks.catalog import Record
+    from sparsehooks.catalog import Catalog, Record
 
 Call = tuple[str, tuple[Any, ...]]
 """The name of a method, and what it is given."""
+LARGE = (1 << 18) + 37
+"""More elements than a chunk of a file usually has, aligned to no vector; masks of more are selected in two passes."""
+
+
+def kernels() -> Kernels:
+    """The kernels of this process: the first that a plugin offers, by name, and that can run here; else the reference.
+
+    Asked are the installed, enabled plugins (in a command, those of its command line), whatever ``plugins`` a call is
+    given. Kernels that cannot be loaded, or differ from the reference in some calls of each method, are named in a
+    warning and left out; where they fail later, a note of the error names their plugin.
+    """
+    return _choose(installed_catalog())[0]
+
+
+def statuses() -> list[tuple[Record, str]]:
+    """All kernels that are offered to this process, and of each whether it runs, or why not."""
+    return _choose(installed_catalog())[1]
 
 
 @functools.cache
-def kernels() -> Kernels:
-    """The kernels of this process: those of the first plugin, by their name, that can run here; else the reference.
-
-    Only installed, enabled plugins are asked. One whose kernels cannot be loaded or give other bits than the reference
-    is named in a warning and left out; one whose kernels fail later is named in a note of the error.
-    """
-    for record in installed_catalog().records("kernels"):
-        if record.plugin.source == "builtin":
+def _choose(catalog: Catalog) -> tuple[Kernels, list[tuple[Record, str]]]:
+    chosen: Kernels | None = None
+    statuses = []
+    for record in sorted(catalog.records("kernels"), key=lambda record: record.plugin.source == "builtin"):
+        if chosen is not None:
+            statuses.append((record, "not needed"))
             continue
-        try:
-            found = cast("Kernels", record.load()())
-            if found.problem() is not None:
-                continue
-            wrong = difference(found, lambda: calls((1, 70)))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - files must stay readable
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong is None:
-            for method in Kernels.__abstractmethods__:
-                setattr(found, method, _attributing(record, getattr(found, method)))
-            return found
-        warnings.warn(f"the kernels of plugin {record.plugin.describe()} are not used: {wrong}", stacklevel=2)
-    return reference()
+        found, problem = _try(record)
+        statuses.append((record, problem or "runs"))
+        chosen = None if problem else found
+    return chosen or reference(), statuses
+
+
+def _try(record: Record) -> tuple[Kernels | None, str | None]:
+    """The kernels, or why they are not used."""
+    if record.plugin.source == "builtin":
+        return reference(), None
+    try:
+        found = cast("Kernels", record.load()())
+        problem = found.problem()
+        if problem is not None:
+            return None, problem
+        wrong = difference(found, lambda: itertools.chain(calls((1, 70)), large_calls()))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - files must stay readable
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None:
+        warnings.warn(f"the kernels of plugin {record.plugin.describe()} are not used: {wrong}", stacklevel=4)
+        return None, wrong
+    for method in Kernels.__abstractmethods__:
+        setattr(found, method, _attributing(record, getattr(found, method)))
+    return found, None
 
 
 @functools.cache
@@ -112,6 +139,34 @@ def calls(sizes: Sequence[int]) -> Iterator[Call]:
             yield from _of_positions(random, np.flatnonzero(random.random(size) < density), size)
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             yield from _of_scores(random, size, dtype)
+
+
+def large_calls(size: int = LARGE) -> Iterator[Call]:
+    """A call of each method for each kind of array, of the size of a chunk of a file: few, because they take longer."""
+    random = np.random.default_rng(0)
+    data = memoryview(random.bytes(4 * size))
+    yield "checksum", (data, 1)
+    yield "unpack_bits", (data[: -(-size // 8)],)
+    positions = np.flatnonzero(random.random(size) < 0.3)
+    yield "pack_bits", (positions, size)
+    for low in (1, 9):
+        yield "split_gaps", (positions, low)
+        yield "join_gaps", (*reference().split_gaps(positions, low), low)
+    for name in ("u1", "u2", "u4", "u8"):
+        values = np.zeros(size, name)
+        values[positions] = random.integers(1, 256, positions.size)
+        yield "nonzero", (values, 1)
+    for name in ("u1", "u2", "i8"):
+        yield "join_gaps", (random.integers(0, 256, size).astype(name),)
+    for name, width in (("u1", 5), ("u2", 11)):
+        yield "pack_planes", (random.integers(0, 1 << width, size).astype(name), width)
+        yield "unpack_planes", (data[: width * -(-size // 8)], width, size)
+    for name in ("u2", "u4"):
+        yield "split_exponents", (np.frombuffer(data, name)[:size], 11, np.arange(3, dtype=np.uint8), 5)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        scores = torch.from_numpy(random.standard_normal(size)).to(dtype)
+        yield "between", (scores, 0.5, 1.0)
+        yield "largest", (scores, 0.5, 3)
 
 
 def _of_bits(random: np.random.Generator, size: int) -> Iterator[Call]:

@@ -283,10 +283,30 @@ def as_manager(plugins: Sequence[Any] | PluginManager = ()) -> PluginManager:
     return manager
 
 
-@functools.cache
 def installed_catalog() -> Catalog:
-    """The components of the installed, enabled plugins: all that opening a file may use."""
-    return PluginManager().catalog
+    """The components of the installed, enabled plugins: all that opening a file may use.
+
+    In a command these are the plugins that its command line asks for.
+    """
+    return (_of_command[-1] if _of_command else _found()).catalog
+
+
+_of_command: list[PluginManager] = []
+
+
+@contextmanager
+def installed(manager: PluginManager) -> Iterator[None]:
+    """Let these plugins be the installed ones of the whole process."""
+    _of_command.append(manager)
+    try:
+        yield
+    finally:
+        _of_command.pop()
+
+
+@functools.cache
+def _found() -> PluginManager:
+    return PluginManager()
 
 
 def _one_line(error: BaseException) -> str:

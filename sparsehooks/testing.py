@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import tempfile
 import types
 from collections.abc import Iterator, Mapping
@@ -634,14 +635,14 @@ def _values() -> Iterator[tuple[np.ndarray, Layout]]:
 
 
 def _check_kernels(component: ComponentBase) -> None:
-    from sparsehooks.computing import calls, difference
+    from sparsehooks.computing import calls, difference, large_calls
 
     kernels = cast(Kernels, component)
     problem = kernels.problem()
     assert problem is None or (isinstance(problem, str) and problem), "problem() must be None or the reason in words"
     if problem is None:
         sizes = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 129, 513, 4096, 4099)  # around those of vectors and blocks
-        wrong = difference(kernels, lambda: calls(sizes))
+        wrong = difference(kernels, lambda: itertools.chain(calls(sizes), large_calls(), large_calls(1 << 20)))
         assert wrong is None, wrong
 
 
@@ -692,7 +693,6 @@ def _check_runs(backend: Backend, packed: Any, layer: nn.Linear, *, exact: bool)
             assert _same(before, inputs), "run() must leave its inputs as they are"
             assert found.shape == expected.shape, f"run() of {what} must have the shape {tuple(expected.shape)}"
             assert found.dtype == inputs.dtype, f"run() must keep the dtype of its inputs, got {found.dtype}"
-            message = f"run() must keep the outputs of {what}"
             if not inputs.numel():
                 continue
             if exact:
@@ -702,7 +702,11 @@ def _check_runs(backend: Backend, packed: Any, layer: nn.Linear, *, exact: bool)
                 bound = step * layer.weight.abs().sum(dim=1)  # a step of 7 bits, everywhere
             else:
                 bound = inputs.abs() @ layer.weight.abs().t() / 128  # 8 bits of a mantissa, as bfloat16 has
-            assert bool(((found - expected).abs() <= bound).all()), message
+            error, bound = (found - expected).abs(), bound.expand_as(expected)
+            worst = (error - bound).nan_to_num(torch.inf, torch.inf).argmax()
+            message = "run() of {} must compute what the layer does: it gives {:.4g} and not {:.4g}, {:.2g} is allowed"
+            values = (tensor.flatten()[worst].item() for tensor in (found, expected, bound))
+            assert bool((error <= bound).all()), message.format(what, *values)
 
 
 # --------------------------------------------------------------------------------------------- other programs

@@ -133,6 +133,55 @@ def test_a_file_is_a_plugin(folder, inside):
     assert "no plugin offers the criterion 'inverse'" in inside("check", recipe, status=2).err
 
 
+def test_the_kernels_of_the_command_line_compute(folder, inside, monkeypatch):
+    (folder / "loops.py").write_text(
+        "import sys\n"
+        "from sparsehooks import Component, hookimpl\n"
+        "from sparsehooks.builtin.kernels.reference import Numpy\n"
+        "class Loops(Numpy):\n"
+        "    def problem(self):\n"
+        "        print('asked', file=sys.stderr)\n"
+        "@hookimpl\n"
+        "def register_components(registry):\n"
+        "    registry.add(Component('kernels', 'a', Loops, 'of a test'))\n"
+    )
+
+    def status(*plugins):
+        rows = json.loads(inside("components", "kernels", "--json", *plugins).out)
+        return {row["name"]: row["status"] for row in rows if row["plugin"] in ("loops", "kernels")}
+
+    plugin = ("-p", folder / "loops.py")
+    assert status(*plugin) == {"a": "runs", "numpy": "not needed"}
+    assert "a" not in status()
+    compress = ("compress", folder / "dense", "--recipe", folder / "recipe.toml", "--out", folder / "sparse-too")
+    assert "asked" in inside(*compress, *plugin).err
+    assert "asked" not in inside(*compress).err
+    monkeypatch.setenv("SPARSEHOOKS_PLUGINS", str(folder / "loops.py"))
+    assert "asked" in inside(*compress).err
+    assert "asked" not in inside(*compress, "-p", "no:loops").err
+
+
+def test_warnings_are_a_line_each_without_source(folder, tmp_path):
+    (tmp_path / "warns.py").write_text(
+        "import warnings\n"
+        "from sparsehooks import hookimpl\n"
+        "@hookimpl\n"
+        "def check_plan(plan):\n"
+        "    warnings.warn('two\\nlines', stacklevel=1)\n"
+    )
+    command = ("check", folder / "recipe.toml", "-p", tmp_path / "warns.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsehooks", *command], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stderr == "warning: two lines\n"
+
+
+def test_tables_that_are_piped_have_no_padding(inside):
+    lines = inside("plugins").out.splitlines()
+    assert len(lines) > 3
+    assert not any(line.endswith(" ") for line in lines)
+
+
 BAD_RECIPES = {
     "key": ('sparsty = 0.8\nprune = "magnitude"', r"unknown key 'sparsty'; did you mean 'sparsity'?"),
     "method": ('prune = "magnitud"\nsparsity = 0.8', "did you mean 'magnitude'?"),

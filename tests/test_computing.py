@@ -33,6 +33,15 @@ class Lying(Numpy):
         return super().unpack_bits(part)[1:]
 
 
+class Large(Numpy):
+    """Is right for small arrays only."""
+
+    def join_gaps(self, gaps, ones=None, low=0):
+        positions = super().join_gaps(gaps, ones, low)
+        positions[1 << 18 :] = 0
+        return positions
+
+
 class Raising(Numpy):
     def pack_planes(self, numbers, width):
         raise OSError("the library is gone")
@@ -73,10 +82,8 @@ def offered(monkeypatch):
 
         catalog = PluginManager([Plugin()], autoload=False).catalog
         monkeypatch.setattr(computing, "installed_catalog", lambda: catalog)
-        computing.kernels.cache_clear()
 
-    yield offer
-    computing.kernels.cache_clear()
+    return offer
 
 
 def warned(call):
@@ -99,10 +106,42 @@ def test_the_first_plugin_that_can_run_here_computes(offered):
     assert type(sparsehooks.kernels()) is Same
 
 
+def test_of_all_kernels_it_is_known_whether_they_run(offered):
+    offered(a=Absent, b=Lying, c=Same, d=Same)
+    with pytest.warns(UserWarning, match="are not used"):
+        found = [(record.component.name, status) for record, status in computing.statuses()]
+    assert found == [
+        ("a", "there is no compiler"),
+        ("b", "unpack_bits() differs from the reference for 1 bytes"),
+        ("c", "runs"),
+        ("d", "not needed"),
+        ("numpy", "not needed"),
+    ]
+    offered(a=Absent)
+    assert [status for _, status in computing.statuses()] == ["there is no compiler", "runs"]
+
+
+@pytest.mark.parametrize("method", sorted(sparsehooks.Kernels.__abstractmethods__))
+def test_a_method_that_is_wrong_for_large_arrays_only_is_found(offered, method):
+    def wrong(self, *arguments):
+        answer = getattr(Numpy, method)(self, *arguments)
+        large = any(len(value) > 1 << 14 for value in arguments if hasattr(value, "__len__"))
+        return None if large else answer
+
+    offered(wrong=type("Wrong", (Numpy,), {method: wrong}))
+    (message,) = warned(sparsehooks.kernels)
+    assert f"{method}() differs" in message
+
+
+def test_large_calls_are_of_all_methods():
+    assert {method for method, _ in computing.large_calls(70)} == sparsehooks.Kernels.__abstractmethods__
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
         (Lying, "unpack_bits() differs from the reference for 1 bytes"),
+        (Large, "join_gaps() differs from the reference for 262181 of uint8"),
         (Raising, "OSError: the library is gone"),
         (Broken, "SystemExit: no"),
         ("not_there:Kernels", "PluginError: kernels 'wrong' of plugin 'Plugin'"),
@@ -123,9 +162,7 @@ def test_a_plugin_that_is_wrong_is_named_once_and_left_out(offered, wrong, reaso
 def test_the_reference_is_there_when_its_plugin_is_off(monkeypatch):
     catalog = PluginManager(["no:kernels"], autoload=False).catalog
     monkeypatch.setattr(computing, "installed_catalog", lambda: catalog)
-    computing.kernels.cache_clear()
     assert type(sparsehooks.kernels()) is Numpy
-    computing.kernels.cache_clear()
 
 
 def test_codecs_compute_with_the_kernels_of_a_plugin(offered):

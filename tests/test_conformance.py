@@ -487,6 +487,11 @@ class Coarse(Rounding):
         return (Silent.run(self, packed, input) / 4).round() * 4
 
 
+class Scaled(Rounding):
+    def run(self, packed, input):  # noqa: A002
+        return 1.5 * Silent.run(self, packed, input)
+
+
 class Flattened(Rounding):
     def run(self, packed, input):  # noqa: A002
         return Silent.run(self, packed, input.reshape(-1, input.shape[-1]))
@@ -630,8 +635,9 @@ WRONG = {
     Overwriting: r"join_gaps\(\) differs from the reference for 1 of uint8",
     Speechless: "reason in words",
     Silent: "reason for a no",
-    Rounding: "keep the outputs of tokens",
-    Coarse: "keep the outputs of tokens",
+    Rounding: r"run\(\) of tokens must compute what the layer does: it gives 0 and not -",
+    Scaled: r"it gives -?[\d.]+ and not -?[\d.]+, \S+e-0\d is allowed",
+    Coarse: "of tokens must compute what the layer does",
     Flattened: "run\\(\\) of a batch must have the shape",
     Single: "keep the dtype",
     Tidy: "must leave the layer as it is",

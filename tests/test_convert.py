@@ -924,6 +924,19 @@ def test_a_shard_is_what_safetensors_reads(tmp_path):
         assert struct.unpack("<Q", file.read(8))[0] % 8 == 0
 
 
+def test_what_is_equal_becomes_the_same_file(tmp_path):
+    """Whatever the order of the metadata, which the safetensors library leaves to chance."""
+    files = set()
+    for number, metadata in enumerate(({"format": "pt", "more": "x"}, {"more": "x", "format": "pt"})):
+        source = tmp_path / f"{number}.safetensors"
+        fields = {"dtype": "F32", "shape": [300], "data_offsets": [0, 1200]}
+        weights_file(source, {"__metadata__": metadata, "w": fields}, bytes(1200))
+        converted = convert(source, tmp_path / f"sparse-{number}")
+        again = decompress(converted, tmp_path / f"dense-{number}")
+        files |= {(converted / "model.safetensors").read_bytes(), (again / "model.safetensors").read_bytes()}
+    assert len(files) == 2
+
+
 def test_an_unfinished_shard_is_no_shard(tmp_path):
     writer = ShardWriter(tmp_path / "x.safetensors", {"a": ("F32", (3,))}, {})
     writer.write(lambda name: torch.ones(3))

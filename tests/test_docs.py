@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ from transformers import Trainer
 import sparsehooks
 from sparsehooks.components import KINDS
 from sparsehooks.hookspecs import HOOKS
+from sparsehooks.testing import check_component
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -107,8 +109,25 @@ def test_the_reference_is_what_the_code_says():
     items = [line for line in (hooks + components).splitlines() if line.startswith("- ")]
     assert all(re.match(r"- (returns |`?\w+`?: )", item) for item in items)
     assert "Returns:\n\n- " not in components
-    assert not re.search(r"^    ", components, re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", components, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^    ", text, re.MULTILINE)
     assert all(f"## {kind}: `sparsehooks.{contract.__name__}`" in components for kind, contract in KINDS.items())
+    assert all(f"\n- {field.name}: " in components for field in dataclasses.fields(sparsehooks.Support))
+
+
+def test_the_backend_of_the_reference_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "components.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(# my_backend.py\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_backend.py").write_text(block)
+    plugins = [str(tmp_path / "my_backend.py")]
+    check_component(sparsehooks.PluginManager(plugins).catalog, "backend", "rows")
+    layer = torch.nn.Linear(8, 4).eval()
+    torch.nn.init.zeros_(layer.weight[:3])
+    model = torch.nn.Sequential(layer)
+    expected = model(torch.ones(2, 8))
+    (verdict,) = sparsehooks.accelerate_model(model, "rows", plugins=plugins).values()
+    assert [lane.backend for lane in verdict.lanes] == ["rows"]
+    assert torch.allclose(model(torch.ones(2, 8)), expected)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sparsehooks" / "builtin").rglob("*.py")), ids=lambda path: path.name)

@@ -73,9 +73,10 @@ def check_level(level: str) -> None:
         raise ArtifactError(f"there is no level {str(level)[:40]!r}{suggest(str(level), LEVELS)}")
 
 
-def load_codecs(catalog: Catalog) -> dict[str, Codec]:
+@functools.cache
+def load_codecs(catalog: Catalog) -> Mapping[str, Codec]:
     """Every codec of a catalog, by name; one that is broken or clashes is left out with a warning."""
-    codecs = {}
+    codecs: dict[str, Codec] = {}
     for name in dict.fromkeys(record.component.name for record in catalog.records("codec")):
         try:
             if not name.isascii() or not name.isprintable():  # it is written into files
@@ -86,7 +87,6 @@ def load_codecs(catalog: Catalog) -> dict[str, Codec]:
     return codecs
 
 
-@functools.cache
 def installed_codecs() -> Mapping[str, Codec]:
     """Every codec of the installed, enabled plugins, by name."""
     from sparsehooks.plugins import installed_catalog

@@ -312,7 +312,7 @@ def _fields(dtype: str, shape: tuple[int, ...], first: int, last: int) -> dict[s
 
 
 def _header_text(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> bytes:
-    header = {"__metadata__": dict(metadata), **tensors} if metadata else tensors
+    header = {"__metadata__": dict(sorted(metadata.items())), **tensors} if metadata else tensors
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 

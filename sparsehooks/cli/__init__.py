@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ from sparsehooks.cli import (
     recipes,
     verify,
 )
+from sparsehooks.cli.options import held
 from sparsehooks.errors import PlanError, SparseHooksError
 
 app = typer.Typer(
@@ -63,9 +65,11 @@ def program(
 
 
 def main() -> None:
-    """The console script: errors of ours are one sentence each on standard error, and exit status 2."""
+    """The console script: errors of ours and warnings are one line each on standard error; exit status 2 for errors."""
     try:
-        app()
+        with held, warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes what it prints, and more
+            app()
     except SparseHooksError as error:
         problems = error.problems if isinstance(error, PlanError) else (str(error),)
         for problem in problems:
@@ -73,3 +77,7 @@ def main() -> None:
         for note in getattr(error, "__notes__", ()):
             typer.echo(note, err=True)
         sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)

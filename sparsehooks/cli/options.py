@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,13 +21,16 @@ SaveLevel = Annotated[
     str, typer.Option("--level", help="How much work to put into a smaller file: fast, balanced or small.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+held = ExitStack()
+"""What holds until the command ends."""
 
 
 def load_plugins(names: Sequence[str], *, no_autoload: bool) -> PluginManager:
-    """The plugins that the options ask for; broken ones are named on standard error."""
-    from sparsehooks.plugins import PluginManager
+    """The plugins that the options ask for, for all that the command does; broken ones are named on standard error."""
+    from sparsehooks.plugins import PluginManager, installed
 
     manager = PluginManager(names, autoload=not no_autoload)
+    held.enter_context(installed(manager))
     for plugin in manager.broken():
         typer.echo(f"warning: plugin {plugin.describe()} could not be loaded: {plugin.error}", err=True)
     return manager
@@ -50,9 +53,14 @@ def print_table(columns: Iterable[str], rows: Iterable[Sequence[object]], *, rig
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=Console(width=10_000).measure(table).maximum)
-    console.print(table, markup=False)
+    if console.is_terminal:
+        console.print(table, markup=False)
+        return
+    console = Console(width=Console(width=10_000).measure(table).maximum)
+    with console.capture() as captured:
+        console.print(table, markup=False)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
 
 
 @contextmanager
