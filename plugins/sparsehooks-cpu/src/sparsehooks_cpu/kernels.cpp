@@ -476,16 +476,25 @@ struct Product {
         own += omp_get_thread_num() * scratch;
 #endif
         constexpr int PARTS = MOST / LANES;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count * PARTS; i++) {
+        auto prepare_part = [&](int64_t i) {
           const Block& block = blocks[i / PARTS];
           int first = i % PARTS * LANES;
           if (first < std::max(block.width, 1)) prepare(block, first, own, grids.get());
-        }
-        // rows may hold very different numbers of weights, so who is done takes the next ones
+        };
+        auto multiply_part = [&](int64_t i) { multiply(blocks[i / row_blocks], i % row_blocks, own, grids.get()); };
+        if (count % threads == 0) {  // so that no thread waits for another, nor reads what another has just written
+#pragma omp for schedule(static) nowait
+          for (int64_t block = 0; block < count; block++) {
+            for (int64_t i = 0; i < PARTS; i++) prepare_part(block * PARTS + i);
+            for (int64_t i = 0; i < row_blocks; i++) multiply_part(block * row_blocks + i);
+          }
+        } else {
+#pragma omp for schedule(dynamic)
+          for (int64_t i = 0; i < count * PARTS; i++) prepare_part(i);
+          // rows may hold very different numbers of weights, so who is done takes the next ones
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t i = 0; i < count * row_blocks; i++)
-          multiply(blocks[i / row_blocks], i % row_blocks, own, grids.get());
+          for (int64_t i = 0; i < count * row_blocks; i++) multiply_part(i);
+        }
       }
     }
     return true;
