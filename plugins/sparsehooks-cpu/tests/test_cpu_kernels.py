@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsehooks import Steps, min_max, read_grid
 
-TOKENS = (0, 1, 2, 5, 8, 9, 16, 37, 64, 130)
+TOKENS = (0, 1, 2, 5, 8, 9, 16, 33, 37, 64, 99, 130)
 SHAPES = ((1, 1), (7, 12), (300, 100), (257, 97), (64, 384))
 CPU = torch.device("cpu")
 
@@ -151,7 +151,7 @@ def backends(rows=300, columns=200):
 
 def test_threads_change_no_bit(threads):
     for backend, layer in backends(700, 200):  # large enough for two
-        for count in (1, 1100):  # more than are transposed at a time
+        for count in (1, 33, 128, 996, 1100):  # as threads share them, and more than are transposed at a time
             inputs = tokens(count, 200)
             threads(1)
             expected = run(backend, layer, inputs)

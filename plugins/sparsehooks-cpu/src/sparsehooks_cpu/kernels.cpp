@@ -349,7 +349,7 @@ struct Block {
 };
 
 inline Block block_of(int64_t token, int64_t left) {
-  int width = left > 32 ? MOST : left > 16 ? 32 : left > FEW ? 16 : 0;
+  int width = left > 32 + FEW ? MOST : left > 16 ? 32 : left > FEW ? 16 : 0;
   return {token, (int)std::min<int64_t>(left, width ? width : FEW), width, nullptr};
 }
 
@@ -469,6 +469,7 @@ struct Product {
         next += columns * (block.width ? block.width : block.count);
         blocks[count] = block;
       }
+      bool evenly = count % threads == 0 && blocks[count - 1].width == blocks[0].width;
 #pragma omp parallel num_threads(threads) if (threads > 1)
       {
         uint32_t* own = memory.get();
@@ -482,7 +483,7 @@ struct Product {
           if (first < std::max(block.width, 1)) prepare(block, first, own, grids.get());
         };
         auto multiply_part = [&](int64_t i) { multiply(blocks[i / row_blocks], i % row_blocks, own, grids.get()); };
-        if (count % threads == 0) {  // so that no thread waits for another, nor reads what another has just written
+        if (evenly) {  // so that no thread waits for another, nor reads what another has just written
 #pragma omp for schedule(static) nowait
           for (int64_t block = 0; block < count; block++) {
             for (int64_t i = 0; i < PARTS; i++) prepare_part(block * PARTS + i);
