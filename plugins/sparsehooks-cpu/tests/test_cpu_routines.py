@@ -76,7 +76,7 @@ def test_files_are_the_same_with_them_and_without(variant, installed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_masks_are_the_same_with_them_and_without(variant, installed, dtype):
+def test_masks_are_the_same_with_them_and_without(installed, dtype):
     random = torch.Generator().manual_seed(1)
     for size in (1, 100, 5 * masks.SAMPLE):
         rounded = (3 * torch.randn(7, 9, generator=random)).round()
