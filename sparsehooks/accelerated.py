@@ -107,6 +107,7 @@ class Engine:
         weight = layer._parameters.get("weight")  # torch finds it by name alone ten times as slowly
         return (
             weight is not None
+            and "bias" in layer._parameters  # neither is made anew in each forward, as torch.nn.utils.prune does
             and inputs.dim() > 0
             and inputs.shape[-1] == layer.in_features
             and (inputs.dtype == weight.dtype or (self.backends[backend].rounds_inputs and inputs.is_floating_point()))

@@ -11,6 +11,7 @@ from helpers import same_state, tiny_bert
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers import AutoModel
 
 from sparsehooks import (
@@ -174,6 +175,22 @@ def test_a_weight_that_takes_the_place_of_another_is_packed_anew():
         model[0].weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
         with torch.no_grad():
             assert torch.equal(model[0](INPUTS), F.linear(INPUTS, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_made_anew_in_each_forward_is_torchs(name):
+    model = small()
+    accelerate_model(model, "plain", targets=["0"], plugins=offering(plain=Plain))
+    layer = model[0]
+    runs = layer._sparsehooks_engine.backends["plain"].runs
+    runs.clear()
+    prune.l1_unstructured(layer, name, amount=0.5)
+    with torch.no_grad():
+        assert torch.equal(layer(INPUTS), F.linear(INPUTS, layer.weight, layer.bias))
+        assert not runs
+        prune.remove(layer, name)
+        layer(INPUTS)
+    assert len(runs) == 1
 
 
 class Single(Plain):
